@@ -1,0 +1,257 @@
+"""What every script shares: its command line, its exit codes, seeding, devices and the metrics log.
+
+A script ends with `run(main, Config)`. Exit codes: 0 done; 2 the user's mistake (one line on stderr);
+3 nothing could be done; 130 / 143 stopped by SIGINT / SIGTERM, with its work saved.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import random
+import re
+import signal
+import sys
+import types
+import typing
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator, Sequence, TypeVar
+
+T = TypeVar("T")
+
+Precision = typing.Literal["float32", "bf16", "fp16"]
+
+
+class UserError(Exception):
+    """A mistake of the user's: its message names the file, key or photo and what was expected. Exit code 2."""
+
+
+class NothingDone(Exception):
+    """The request was sound, but nothing could be done (no photo readable, say). Exit code 3."""
+
+
+def check(problems: Sequence[str], shown: int = 5) -> None:
+    """Raise one UserError that lists the first few of `problems` and counts the rest; return if there are none."""
+    if problems:
+        rest = len(problems) - shown
+        raise UserError("; ".join(problems[:shown]) + (f"; and {rest} more" if rest > 0 else ""))
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+def parse_config(Config: type[T], args: Sequence[str] | None = None, aliases: dict[str, str] | None = None) -> T:
+    """Read a frozen config dataclass from `--config FILE` and flags (nested fields dotted: `--finetune.lr 3e-4`).
+
+    jsonargparse does the work; mended here: list fields take values separated by spaces, switches stand bare,
+    flags may have `aliases` {alias: field}, and a mistake is a UserError of one line that begins with the key.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=Path(sys.argv[0]).name,
+        description=sys.modules[Config.__module__].__doc__,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
+    parser.add_class_arguments(Config)
+    fields = field_types(Config)
+    args = _spaced_lists_and_bare_switches(sys.argv[1:] if args is None else args, fields, aliases or {})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parsed = parser.instantiate(parser.parse_args(args))
+    except (ArgumentError, TypeError) as error:
+        raise UserError(_one_line(str(error), fields, args)) from None
+    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+
+
+def field_types(Config: type, prefix: str = "") -> dict[str, Any]:
+    """Type of every field of a config dataclass by its dotted name; fields that are dataclasses are entered."""
+    fields: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            fields |= field_types(kind, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = kind
+    return fields
+
+
+def _is_list(kind: Any) -> bool:
+    return list in (kind, typing.get_origin(kind)) or any(_is_list(part) for part in typing.get_args(kind))
+
+
+def _spaced_lists_and_bare_switches(args: Sequence[str], fields: dict[str, Any], aliases: dict[str, str]) -> list[str]:
+    """Rewrite `--xs 1 2 --dry_run` as `--xs=["1", "2"] --dry_run=true`, the form that jsonargparse reads."""
+    given, out = list(args), []
+    while given:
+        flag, equals, value = given.pop(0).partition("=")
+        key = flag.removeprefix("--")
+        key = aliases.get(key, key)
+        values = [value] if equals else []
+        if not flag.startswith("--") or key not in fields:
+            out.append(flag + equals + value)
+            continue
+        while not equals and given and not given[0].startswith("--") and (_is_list(fields[key]) or not values):
+            values.append(given.pop(0))
+        if fields[key] is bool and not values:
+            values = ["true"]
+        if _is_list(fields[key]) and values and not values[0].startswith("["):
+            values = [json.dumps(values, ensure_ascii=False)]
+        out.append(f"--{key}={values[0]}" if values else f"--{key}")
+    return out
+
+
+def _expected(kind: Any) -> str:
+    """A type in words: `one of a, b`, `PositiveInt or null`."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_expected, parts))
+    if kind is type(None):
+        return "null"
+    return str(kind) if parts else kind.__name__
+
+
+def _one_line(message: str, fields: dict[str, Any], args: Sequence[str]) -> str:
+    """jsonargparse's message as `KEY: what was expected, what was given`."""
+    if match := re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
+        key, detail = match[1], " ".join(match[2].split())
+        if key not in fields:
+            return f"{key}: {detail}"
+        what = next((arg.partition("=")[2] for arg in reversed(args) if arg.startswith(f"--{key}=")), None)
+        if what is None:  # it stands in the file of --config
+            given = re.search(r"Got value: (.*)$|: (\S+) does not conform|to float: (.*)$|base 10: (.*)$", detail)
+            what = next((group for group in given.groups() if group is not None), "") if given else detail
+        return f"{key}: expected {_expected(fields[key])}, got {what.strip(chr(39))!r}"
+    unknown = re.search(r"(?:Option|option) '([^']+)'|unrecognized arguments: (\S+)", message)
+    if unknown:
+        group = re.search(r"Group '([^']+)'", message)
+        key = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2]).removeprefix("--").partition("=")[0]
+        near = difflib.get_close_matches(key, fields, n=1)
+        return f"{key}: unknown setting" + (f"; did you mean {near[0]}?" if near else "; --help lists them all")
+    if match := re.search(r"following arguments are required: (.*)", message):
+        return f"{match[1]}: required, not given"
+    if match := re.search(r"argument --([\w.]+): expected", message):
+        return f"{match[1]}: expected a value, none given"
+    if "must be a mapping" in message:
+        return "config: a group of settings must be a mapping of keys to values"
+    return " ".join(message.split())
+
+
+def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | None = None) -> None:
+    """Parse the command line, call `main` with it and end the process with the suite's exit codes."""
+
+    def terminate(*_: object) -> None:
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, terminate)
+    name = Path(sys.argv[0]).name
+    try:
+        main(parse_config(Config, aliases=aliases))
+    except UserError as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except NothingDone as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(3)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` and move it there when the block ends well: readers never see half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Write `value` as UTF-8 JSON in one atomic step."""
+    with written_whole(path) as part:
+        part.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise a UserError where writing `path` would replace something that exists."""
+    if path.exists() and not overwrite:
+        raise UserError(f"output: {path} exists; give another name, or --overwrite to replace it")
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, flushed at once, so that a killed run keeps what it measured."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, **figures: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+
+    def keep(self, count: int) -> None:
+        """Drop all but the first `count` rows."""
+        rows = self.rows()[:count]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def rows(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+# ------------------------------------------------------------------------------------------- devices
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on, for files that say how they were made."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "peft", "timm", "open_clip_torch")}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's global generators."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str):
+    """`auto` is CUDA where it is there, else Apple's MPS, else the CPU; any other name is torch's own.
+
+    Raises UserError where torch does not know the name or the device is not there.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device: {name!r} is not available on this machine") from None
+    return device
+
+
+def torch_dtype(precision: Precision):
+    """The torch dtype of a `precision` setting."""
+    import torch
+
+    return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

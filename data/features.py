@@ -1,0 +1,103 @@
+"""The feature cache: a frozen encoder sees each photo once a machine, not once an epoch.
+
+`FOLDER/FINGERPRINT/features.f16` holds one float16 array (P, D) a photo, end to end; the line of the same number in
+`index.txt` is the hash of that photo's file. FINGERPRINT covers the encoder's weights, layer and transform.
+"""
+
+import fcntl
+import hashlib
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import UserError
+from data.annotations import Photo
+from data.images import BadPhoto, load_photos
+
+
+class Features:
+    """Cached features of some photos, read from disk as they are asked for."""
+
+    def __init__(self, file: Path, rows: Sequence[int], shape: tuple[int, int]):
+        self.file, self.rows, self.shape = file, np.asarray(rows, dtype=np.int64), shape
+        self._array = np.memmap(file, dtype=np.float16, mode="r").reshape(-1, *shape)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, photos: Sequence[int]) -> Tensor:
+        """Indices of B photos -> (B, P, D) float16."""
+        return torch.from_numpy(self._array[self.rows[list(photos)]])
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time, whichever process it is in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def photo_features(
+    encoder, photos: Sequence[Photo], folder: Path, device: torch.device, batch_size: int = 32, workers: int = 2
+) -> tuple[Features, list[int], list[BadPhoto]]:
+    """Features of `photos` by a models.encoder.FrozenEncoder, taken from the cache in `folder` or added to it.
+
+    Returns the features of the photos that could be decoded, those photos' indices, and the others' errors.
+    Raises UserError where the disk has no room for what is to be added.
+    """
+    store = folder / encoder.fingerprint()
+    shape = (encoder.tokens, encoder.width)
+    row_bytes = 2 * shape[0] * shape[1]
+    data, index = store / "features.f16", store / "index.txt"
+    bad: list[BadPhoto] = []
+    with _locked(store):
+        known = {key: row for row, key in enumerate(index.read_text().split())} if index.exists() else {}
+        hashes = [file_hash(photo.path) for photo in photos]
+        missing = list({key: photo for key, photo in zip(hashes, photos) if key not in known}.items())
+        needed, free = row_bytes * len(missing), shutil.disk_usage(store).free
+        if needed > free:
+            raise UserError(f"features: {store} needs {needed / 1e9:.1f} GB for {len(missing)} photos, {free / 1e9:.1f} GB free")
+        with data.open("ab") as features, index.open("a") as keys:
+            features.truncate(row_bytes * len(known))  # a killed run may have left features without their key
+            for batch in tqdm(
+                _decoded_batches(missing, batch_size, workers, encoder.transform, bad),
+                total=-(-len(missing) // batch_size),
+                desc="encode photos",
+                disable=not missing,
+            ):
+                pixels = torch.stack([pixels for _, pixels in batch]).to(device)
+                encoder(pixels).to(torch.float16).cpu().numpy().tofile(features)
+                features.flush()
+                keys.writelines(f"{key}\n" for key, _ in batch)
+                keys.flush()
+        known = {key: row for row, key in enumerate(index.read_text().split())}
+    good = [i for i, key in enumerate(hashes) if key in known]
+    if not good:
+        raise UserError(f"images: none of {len(photos)} photos could be decoded, such as {bad[0]}")
+    return Features(data, [known[hashes[i]] for i in good], shape), good, bad
+
+
+def _decoded_batches(missing, batch_size, workers, transform, bad) -> Iterator[list[tuple[str, Tensor]]]:
+    batch: list[tuple[str, Tensor]] = []
+    for (key, _), (_, image) in zip(missing, load_photos([photo for _, photo in missing], workers)):
+        if isinstance(image, BadPhoto):
+            bad.append(image)
+            continue
+        batch.append((key, transform(image)))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,497 @@
+"""The readers of photos, captions and predictions, on real data where it is at hand and on small files of each form."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from common import UserError
+from data import images as data_images
+from data.annotations import Photo, find_data, find_photos, read_annotations
+from data.images import BadPhoto, load_photos, open_photo
+from data.predictions import meta_path, read_predictions, write_predictions
+
+CAPTIONS = {
+    "b.jpg": ["A dog , wet , runs .", 'The sign says "stop" .'],
+    "a.jpg": ["Zwei Hunde über dem Zaun 🐕", "two dogs"],
+    "c.png": ["one cat"],
+}
+
+
+def coco(captions=CAPTIONS):
+    return {
+        "info": {"year": 2024},
+        "images": [{"id": 10 * i, "file_name": name, "height": 3} for i, name in enumerate(captions)],
+        "annotations": [
+            {"id": 7, "image_id": 10 * i, "caption": one} for i, name in enumerate(captions) for one in captions[name]
+        ],
+    }
+
+
+def karpathy(captions=CAPTIONS, splits=("train", "restval", "val")):
+    return {
+        "dataset": "coco",
+        "images": [
+            {"filename": name, "split": split, "sentences": [{"raw": one, "tokens": []} for one in captions[name]]}
+            for name, split in zip(captions, splits)
+        ],
+    }
+
+
+def token(captions=CAPTIONS):
+    return "".join(f"{name}#{i}\t{one}\n" for name in captions for i, one in enumerate(captions[name]))
+
+
+def table(captions=CAPTIONS):
+    file = io.StringIO()
+    csv.writer(file).writerows([("image", "caption")] + [(name, one) for name in captions for one in captions[name]])
+    return file.getvalue()
+
+
+FORMS = {
+    "coco": lambda captions: json.dumps(coco(captions)),
+    "karpathy": lambda captions: json.dumps(karpathy(captions), ensure_ascii=False, indent=1),
+    "token": token,
+    "csv": table,
+}
+
+
+def save(path: Path, content) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def draw(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (8, 6), "red").save(folder / name)
+    return folder
+
+
+def error_of(function, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 1500
+    return message
+
+
+# ------------------------------------------------------------------------------------------- annotations
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mangle", [str, lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])
+def test_the_four_forms_give_the_same_photos_whatever_the_file_is_called(tmp_path, form, mangle):
+    folder = draw(tmp_path / "photos", *CAPTIONS)
+    file = save(tmp_path / "notes.dat", mangle(FORMS[form](CAPTIONS)).encode())
+    expected = [Photo(Path(name).stem, folder / name, tuple(CAPTIONS[name])) for name in CAPTIONS]
+    assert read_annotations(file, folder) == expected
+    assert read_annotations(file, folder, limit=2) == expected[:2]
+    assert [photo.path for photo in read_annotations(file)] == [None] * 3
+
+
+names = st.lists(st.from_regex(r"[a-z]{1,8}\.jpg", fullmatch=True), min_size=1, max_size=4, unique=True)
+texts = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30)
+                 .map(lambda text: " ".join(text.split())).filter(bool), min_size=1, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(captions=names.flatmap(lambda keys: st.fixed_dictionaries({key: texts for key in keys})))
+def test_any_caption_survives_every_form(tmp_path_factory, captions):
+    file = tmp_path_factory.getbasetemp() / "any"
+    expected = {Path(name).stem: tuple(captions[name]) for name in captions}
+    for form in FORMS.values():
+        if form is not FORMS["karpathy"] or len(captions) <= 3:  # the helper above names three splits
+            save(file, form(captions))
+            assert {photo.stem: photo.captions for photo in read_annotations(file)} == expected
+
+
+def test_white_space_is_collapsed_and_photos_without_caption_are_left_out(tmp_path):
+    data = coco({"a.jpg": ["  two\n dogs\t run "], "none.jpg": []})
+    file = save(tmp_path / "a.json", data)
+    assert read_annotations(file) == [Photo("a", None, ("two dogs run",))]
+    draw(tmp_path / "images", "a.jpg")
+    assert read_annotations(file)[0].path == tmp_path / "images/a.jpg"
+
+
+def test_splits(tmp_path):
+    dataset = save(tmp_path / "dataset.json", karpathy())
+    assert [photo.stem for photo in read_annotations(dataset, split="train")] == ["b", "a"]
+    assert [photo.stem for photo in read_annotations(dataset, split="restval")] == ["a"]
+    assert [photo.stem for photo in read_annotations(dataset, split="dev")] == ["c"]
+    assert [photo.stem for photo in read_annotations(dataset)] == ["b", "a", "c"]
+    assert "its splits are restval, train, val" in error_of(read_annotations, dataset, split="tset")
+
+    tokens = save(tmp_path / "tokens.txt", token())
+    message = error_of(read_annotations, tokens, split="val")
+    assert "'val'" in message and "Flickr_8k.devImages.txt" in message
+    listed = save(tmp_path / "Flickr_8k.devImages.txt", "a.jpg\nb.jpg\n\n")
+    for split in ("val", "dev", str(listed)):
+        assert [photo.stem for photo in read_annotations(tokens, split=split)] == ["b", "a"]
+    assert [photo.stem for photo in read_annotations(save(tmp_path / "c.txt", table()), split="dev")] == ["b", "a"]
+    save(listed, "a.jpg\nzebra.jpg\n")
+    assert "zebra.jpg has no caption" in error_of(read_annotations, tokens, split="dev")
+
+
+def test_the_name_in_flickr8k_that_is_no_photo_is_left_out(tmp_path):
+    file = save(tmp_path / "tokens.txt", "2258277193_586949ec62.jpg.1#0\tPeople wait .\n" + token())
+    assert len(read_annotations(file, draw(tmp_path / "photos", *CAPTIONS))) == 3
+
+
+def test_photos_are_found_beside_the_annotations(tmp_path):
+    ours = save(tmp_path / "ours/val.json", coco())
+    draw(tmp_path / "ours/images", "b.jpg")
+    assert read_annotations(ours)[0].path is None  # not all of them
+    draw(tmp_path / "ours/images/val", *CAPTIONS)
+    assert read_annotations(ours)[0].path == tmp_path / "ours/images/val/b.jpg"
+
+    as_coco = save(tmp_path / "coco/annotations/captions_val2017.json", coco())
+    draw(tmp_path / "coco/val2017", *CAPTIONS)
+    assert read_annotations(as_coco)[0].path == tmp_path / "coco/val2017/b.jpg"
+
+    data = karpathy()
+    for image in data["images"]:
+        image["filepath"] = "val2014"
+    draw(tmp_path / "k/images/val2014", *CAPTIONS)
+    nested = save(tmp_path / "k/dataset.json", data)
+    assert read_annotations(nested)[0].path == tmp_path / "k/images/val2014/b.jpg"
+    assert read_annotations(nested, tmp_path / "ours/images/val")[0].path == tmp_path / "ours/images/val/b.jpg"
+
+
+def edited(data: dict, edit) -> dict:
+    edit(data)
+    return data
+
+
+BAD_ANNOTATIONS = {
+    "empty": ("", ["empty", "CSV"]),
+    "prose": ("Captions of my photos\n", ["not a known form", "Karpathy", "CSV"]),
+    "not UTF-8": (b"\xff\xfe\x00a", ["UTF-8"]),
+    "cut JSON": ('{"images": [', ["not JSON"]),
+    "deep JSON": ("[" * 100_000, ["not JSON"]),
+    "predictions": ({"a": "a dog"}, ["'images'"]),
+    "a list": ([1], ["'images'"]),
+    "images an object": ({"images": {}, "annotations": []}, ["'images'"]),
+    "no annotations": ({"images": []}, ["'annotations'"]),
+    "instances": (edited(coco(), lambda data: [one.pop("caption") for one in data["annotations"]]),
+                  ["no annotation has a caption"]),
+    "no captions": ({"images": [], "annotations": []}, ["no photo with a caption"]),
+    "missing key": (edited(coco(), lambda data: data["images"][1].pop("file_name")), ["images[1]", "file_name"]),
+    "one caption missing": (edited(coco(), lambda data: data["annotations"][2].pop("caption")),
+                            ["annotations[2]", "caption"]),
+    "image no object": (edited(coco(), lambda data: data["images"].append("d.jpg")), ["images[3]", "object"]),
+    "id a list": (edited(coco(), lambda data: data["images"][0].update(id=[1])), ["images[0]", "id must be a number"]),
+    "unknown id": (edited(coco(), lambda data: data["annotations"][3].update(image_id=99)), ["annotations[3]", "99"]),
+    "repeated id": (edited(coco(), lambda data: data["images"][2].update(id=10)), ["images[2]", "10", "a.jpg"]),
+    "empty caption": (edited(coco(), lambda data: data["annotations"][1].update(caption=" \n")),
+                      ["annotations[1]", "empty", "b.jpg"]),
+    "caption a number": (edited(coco(), lambda data: data["annotations"][1].update(caption=3)),
+                         ["annotations[1]", "must be text, got 3"]),
+    "lone surrogate": (edited(coco(), lambda data: data["annotations"][1].update(caption="\ud83d dog")),
+                       ["annotations[1]", "surrogate"]),
+    "one stem": (coco({"x/a.jpg": ["one"], "a.png": ["two"]}), ["x/a.jpg", "a.png", "stem 'a'"]),
+    "Karpathy no raw": (edited(karpathy(), lambda data: data["images"][1]["sentences"][0].pop("raw")),
+                        ["images[1].sentences[0]", "raw"]),
+    "Karpathy no split": (edited(karpathy(), lambda data: data["images"][1].pop("split")), ["images[1]", "split"]),
+    "token line": (token() + "d.jpg two cats\n", ["line 6", "d.jpg two cats"]),
+    "token empty": ("a.jpg#0\tone\na.jpg#1\t \n", ["line 2", "empty"]),
+    "CSV comma": ("image,caption\na.jpg,a dog, wet\n", ["line 2", "3 columns"]),
+    "CSV open quote": ('image,caption\na.jpg,"a dog\nb.jpg,a cat\n', ["line 3"]),
+    "CSV stray quote": ('image,caption\na.jpg,"a dog" runs\n', ["line 2"]),
+    "CSV no name": ("image,caption\n,a dog\n", ["line 2", "name"]),
+}
+
+
+@pytest.mark.parametrize("content, says", BAD_ANNOTATIONS.values(), ids=BAD_ANNOTATIONS)
+def test_bad_annotations_are_named_in_one_line(tmp_path, content, says):
+    file = save(tmp_path / "bad.json", content)
+    message = error_of(read_annotations, file)
+    assert all(part in message for part in says), message
+    assert str(file) in message or "stem" in message
+
+
+def test_files_and_photos_that_are_not_there(tmp_path):
+    assert "no such file" in error_of(read_annotations, tmp_path / "none.json")
+    assert "directory" in error_of(read_annotations, tmp_path)
+    file = save(tmp_path / "a.json", coco({f"{i}.jpg": ["dog"] for i in range(1200)}))
+    assert "nowhere" in error_of(read_annotations, file, tmp_path / "nowhere")
+    folder = draw(tmp_path / "photos", "0.jpg")
+    message = error_of(read_annotations, file, folder)
+    assert "1199 photos" in message and "1.jpg, 2.jpg, 3.jpg, ..." in message
+    assert read_annotations(file, folder, limit=1)[0].path == folder / "0.jpg"
+    both = edited(coco(), lambda data: (data["annotations"][0].pop("caption"), data["images"][0].pop("id")))
+    message = error_of(read_annotations, save(tmp_path / "b.json", both))
+    assert "images[0]" in message and "annotations[0]" in message
+
+
+def test_find_data(tmp_path):
+    message = error_of(find_data, tmp_path, "train")
+    assert "train.json" in message and "images" in message
+    file, shared = save(tmp_path / "train.json", coco()), draw(tmp_path / "images")
+    assert find_data(tmp_path, "train") == (file, shared)
+    own = draw(shared / "train")
+    assert find_data(tmp_path, "train") == (file, own)
+
+
+# ------------------------------------------------------------------------------------------- photos to caption
+
+
+def test_find_photos_in_a_folder_a_list_an_annotation_file_or_alone(tmp_path):
+    folder = draw(tmp_path / "images", "b.jpg", "a.PNG", "c.png")
+    save(folder / "notes.txt", "no photo")
+    save(folder / "._b.jpg", b"\0")
+    draw(folder / "below.jpg", "d.jpg")
+    photos = [Photo("a", folder / "a.PNG"), Photo("b", folder / "b.jpg"), Photo("c", folder / "c.png")]
+    assert find_photos(folder) == photos
+    assert find_photos(folder, limit=2) == photos[:2]
+    assert find_photos(folder / "b.jpg") == [photos[1]]
+    assert find_photos(save(tmp_path / "list.txt", "images/b.jpg\r\n\n images/a.PNG\n")) == [photos[1], photos[0]]
+    (folder / "a.PNG").rename(folder / "a.jpg")
+    for number, form in enumerate(FORMS.values()):
+        found = find_photos(save(tmp_path / f"captions{number}", form(CAPTIONS)))
+        assert found == [Photo(Path(name).stem, folder / name) for name in CAPTIONS]
+    uncaptioned = save(tmp_path / "image_info_test.json", {"images": coco()["images"]})
+    assert [photo.stem for photo in find_photos(uncaptioned)] == ["b", "a", "c"]
+
+
+def test_find_photos_says_what_is_wrong(tmp_path):
+    empty = draw(tmp_path / "empty")
+    assert "no photos" in error_of(find_photos, empty)
+    assert "no photos" in error_of(find_photos, save(tmp_path / "empty.txt", "\n"))
+    assert "no such file" in error_of(find_photos, tmp_path / "none.jpg")
+    assert "UTF-8" in error_of(find_photos, save(tmp_path / "weights.bin", b"\xff\xfe\xfd"))
+    message = error_of(find_photos, save(tmp_path / "prose.txt", "x" * 5000 + "\nb.jpg\n"))
+    assert "2 photos" in message and "b.jpg; expected one path a line" in message
+    assert "stem 'a'" in error_of(find_photos, draw(tmp_path / "two", "a.jpg", "a.png"))
+    assert "b.jpg, a.jpg, c.png" in error_of(find_photos, save(tmp_path / "apart/val.json", coco()))
+    undecodable = os.fsencode(empty) + b"/\xff.jpg"
+    try:
+        open(undecodable, "wb").close()
+    except OSError:  # macOS takes no such names
+        return
+    assert "not UTF-8" in error_of(find_photos, empty)
+
+
+def gradient(size=(40, 30)) -> Image.Image:
+    """Red grows to the right, green downwards: no two corners are alike."""
+    x, y = numpy.meshgrid(numpy.linspace(0, 255, size[0]), numpy.linspace(0, 255, size[1]))
+    return Image.fromarray(numpy.stack([x, y, 0 * x + 60], -1).astype("uint8"))
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    assert one.mode == other.mode == "RGB" and one.size == other.size
+    return float(numpy.abs(numpy.asarray(one, float) - numpy.asarray(other, float)).mean())
+
+
+UNDO = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE",
+        8: "ROTATE_270"}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_comes_out_upright(tmp_path, orientation):
+    stored = gradient().transpose(Image.Transpose[UNDO[orientation]]) if orientation > 1 else gradient()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
+    assert difference(open_photo(tmp_path / "a.jpg"), gradient()) < 3
+
+
+GREY = gradient().convert("L")
+RAMP16 = numpy.tile(numpy.linspace(0, 65535, 40), (30, 1))
+RAMP8 = Image.fromarray((RAMP16 / 257).round().astype("uint8")).convert("RGB")
+HALF_CLEAR = Image.merge("RGBA", [*gradient().split(), Image.fromarray(numpy.tile([[255] * 20 + [0] * 20], (30, 1))
+                                                                       .astype("uint8"))])
+ON_WHITE = gradient()
+ON_WHITE.paste("white", (20, 0, 40, 30))
+PALETTE = Image.new("P", (4, 2), 1)
+PALETTE.putpalette([0, 0, 0, 255, 0, 0])
+PALETTE.paste(0, (0, 0, 2, 2))
+
+MODES = {
+    "cmyk.jpg": (gradient().convert("CMYK"), {"quality": 95, "subsampling": 0}, gradient(), 3),
+    "grey.jpg": (GREY, {"quality": 95}, GREY.convert("RGB"), 2),
+    "grey16.png": (Image.fromarray(RAMP16.astype("uint16")), {}, RAMP8, 0.6),
+    "grey16.tif": (Image.fromarray(RAMP16.astype("uint16")), {}, RAMP8, 0.6),
+    "grey16.pgm": (Image.fromarray(RAMP16.astype("int32")), {}, RAMP8, 0.6),
+    "grey32.tif": (Image.fromarray((RAMP16 * 30_000).astype("int32")), {}, RAMP8, 0.6),
+    "float.tif": (Image.fromarray((RAMP16 / 65535).astype("float32")), {}, RAMP8, 0.6),
+    "alpha.png": (HALF_CLEAR, {}, ON_WHITE, 0),
+    "alpha.webp": (HALF_CLEAR, {"lossless": True, "exact": True}, ON_WHITE, 0),
+    "grey_alpha.png": (HALF_CLEAR.convert("LA"), {}, None, 0),
+    "bits.png": (GREY.convert("1"), {}, GREY.convert("1").convert("RGB"), 0),
+    "palette.png": (PALETTE, {}, PALETTE.convert("RGB"), 0),
+    "palette.bmp": (PALETTE, {}, PALETTE.convert("RGB"), 0),
+    "clear_index.png": (PALETTE, {"transparency": 0}, "white left", 0),
+    "clear_bytes.png": (PALETTE, {"transparency": b"\x00\xff"}, "white left", 0),
+    "clear_index.gif": (PALETTE, {"transparency": 0}, "white left", 0),
+    "clear_colour.png": (PALETTE.convert("RGB"), {"transparency": (0, 0, 0)}, "white left", 0),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_becomes_rgb(tmp_path, name):
+    image, options, expected, tolerance = MODES[name]
+    image.save(tmp_path / name, **options)
+    if expected == "white left":
+        expected = PALETTE.convert("RGB")
+        expected.paste("white", (0, 0, 2, 2))
+    elif expected is None:
+        expected = GREY.convert("RGB")
+        expected.paste("white", (20, 0, 40, 30))
+    assert difference(open_photo(tmp_path / name), expected) <= tolerance
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert open_photo(tmp_path / "a.gif").getcolors() == [(64, (255, 0, 0))]
+
+
+def cut_in_half(path: Path) -> None:
+    noise = numpy.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype="uint8")
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_bad_photos_say_why(tmp_path):
+    assert open_photo(draw(tmp_path, "good.jpg") / "good.jpg").size == (8, 6)
+    save(tmp_path / "zero.jpg", b"")
+    save(tmp_path / "text.jpg", "not a photo")
+    cuts = [f"half{suffix}" for suffix in (".jpg", ".png", ".gif", ".tif", ".webp", ".bmp")]
+    for name in cuts:
+        cut_in_half(tmp_path / name)
+    save(tmp_path / "page.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    reasons = {}
+    for name in ["zero.jpg", "text.jpg", "page.jpg", "bomb.png", "none.jpg", ".", *cuts]:
+        with pytest.raises(BadPhoto) as caught:
+            open_photo(tmp_path / name)
+        assert caught.value.path == tmp_path / name and str(tmp_path / name) in str(caught.value)
+        reasons[name] = caught.value.reason
+    assert reasons["zero.jpg"] == "empty file"
+    assert reasons["text.jpg"] == reasons["page.jpg"] == "not a photo in a known format"
+    assert all("cannot be decoded" in reasons[name] for name in [".", *cuts]) and "truncated" in reasons["half.jpg"]
+    assert "178,956,970 pixels" in reasons["bomb.png"] and reasons["none.jpg"] == "no such file"
+
+
+def test_a_large_photo_and_damaged_exif_are_read_without_a_warning(tmp_path):
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")  # PIL warns from 89 million pixels on
+    gradient().save(tmp_path / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", quality=95, subsampling=0)
+    code = "import sys; from pathlib import Path; from data.images import open_photo\n" \
+           "for name in sys.argv[1:]: print(open_photo(Path(name)).size)"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png", tmp_path / "exif.jpg"],
+                          capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("(10000, 9000)\n(40, 30)\n", "")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_load_photos_keeps_the_order_and_looks_a_little_ahead(tmp_path, monkeypatch, workers):
+    for i in range(30):
+        Image.new("L", (i + 1, 2)).save(tmp_path / f"{i:02}.png")
+    save(tmp_path / "07.png", b"bad")
+    photos = find_photos(tmp_path) + [Photo("unknown", None)]
+    opened = []
+    monkeypatch.setattr(data_images, "open_photo", lambda path: opened.append(path) or open_photo(path))
+    loaded = load_photos(iter(photos), workers)
+    for i, (photo, image) in enumerate(loaded):
+        assert photo == photos[i]
+        assert len(opened) <= i + 1 + 2 * workers
+        if photo.stem in ("07", "unknown"):
+            assert isinstance(image, BadPhoto) and photo.stem in str(image)
+        else:
+            assert image.mode == "RGB" and image.width == i + 1
+    assert i == 30
+
+    before = threading.active_count()
+    stopped = load_photos(photos, workers)
+    next(stopped)
+    stopped.close()
+    assert threading.active_count() == before
+
+
+# ------------------------------------------------------------------------------------------- predictions
+
+
+def test_predictions_come_back_in_order_with_their_account(tmp_path):
+    path = tmp_path / "new" / "greedy.v2.json"
+    captions = {"b": "a dog 🐕", "a": "", "é": 'says "hi"\n'}
+    write_predictions(path, captions, {"model": "tiny", "seconds": 1.5})
+    assert list(read_predictions(path).items()) == list(captions.items())
+    assert meta_path(path) == tmp_path / "new" / "greedy.v2.meta.json"
+    assert json.loads(meta_path(path).read_text(encoding="utf-8")) == {"model": "tiny", "seconds": 1.5}
+    assert sorted(os.listdir(path.parent)) == ["greedy.v2.json", "greedy.v2.meta.json"]
+    assert meta_path(Path("out")) == Path("out.meta.json")
+
+
+@pytest.mark.parametrize("content, says", [
+    ('{"a": "one"', ["not JSON"]),
+    ("a: one", ["not JSON"]),
+    (b"\xff", ["UTF-8"]),
+    ("[1]", ["list", "one JSON object"]),
+    ('{"a": "1", "b": "2", "a": "3", "c": "4", "c": "4"}', ["'a'", "'c'", "twice"]),
+    ('{"a": "1", "b": null, "c": ["x"]}', ["'b'", "None", "'c'", "expected text"]),
+    (r'{"a": "1", "b": "\ud83d dog"}', ["'b'", "surrogate"]),
+    (r'{"a": "1", "\udcff": "dog"}', [r"'\udcff'", "surrogate"]),
+])
+def test_bad_predictions_are_named(tmp_path, content, says):
+    file = save(tmp_path / "p.json", content)
+    message = error_of(read_predictions, file)
+    assert all(part in message for part in [*says, str(file)]), message
+    message.encode()
+
+
+def test_predictions_that_are_not_there(tmp_path):
+    assert "no such file" in error_of(read_predictions, tmp_path / "none.json")
+
+
+# ------------------------------------------------------------------------------------------- real data
+
+REAL = Path(os.environ.get("CAPTION_DATA", ""))
+real = pytest.mark.skipif("CAPTION_DATA" not in os.environ, reason="CAPTION_DATA is not set")
+
+
+@real
+@pytest.mark.parametrize("data, split, photos, captions", [
+    ("flickr8k", "train", 6000, 30_000), ("flickr8k", "val", 1000, 5000), ("coco-mini", "train", 80, 400),
+])
+def test_real_data_reads_whole(data, split, photos, captions):
+    read = read_annotations(*find_data(REAL / data, split))
+    assert (len(read), sum(len(photo.captions) for photo in read)) == (photos, captions)
+    assert all(photo.path.is_file() for photo in read)
+    assert read == read_annotations(REAL / data / f"{split}.json")  # the photos are found beside the file
+    assert {photo.path for photo in find_photos(REAL / data / "images" / split)} == {photo.path for photo in read}
+
+
+@real
+def test_real_photos_open_and_instances_serve_as_a_list_only(tmp_path):
+    instances = REAL / "coco-mini/instances_train.json"
+    assert "no annotation has a caption" in error_of(read_annotations, instances)
+    photos = find_photos(instances)
+    assert len(photos) == 80
+    sizes = {Path(image["file_name"]).stem: (image["width"], image["height"])
+             for image in json.loads(instances.read_text())["images"]}
+    for photo, image in load_photos(photos):
+        assert image.mode == "RGB" and image.size == sizes[photo.stem]
+
+
+@real
+def test_real_captions_read_alike_in_the_forms_of_flickr8k(tmp_path):
+    read = read_annotations(REAL / "flickr8k/val.json")
+    captions = {photo.path.name: list(photo.captions) for photo in read}
+    for form in (token, table):
+        again = read_annotations(save(tmp_path / "captions.txt", form(captions)), REAL / "flickr8k/images/val")
+        assert again == read
