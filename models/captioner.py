@@ -1,0 +1,212 @@
+"""The captioner: frozen encoder, projector, decoder. Its loss over packed captions, and its generation.
+
+The decoder reads `image embeddings + EOS + caption` and learns `caption + EOS`. Captions of one photo share its
+prefix in one row, each with its own positions and a mask that hides its neighbours, so that the gradients equal
+those of one row a pair (the same packing as in sequence packing for language models, arXiv 2107.02027).
+"""
+
+from dataclasses import dataclass, field
+from typing import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, load_decoder, merge_lora
+from models.encoder import EncoderConfig, FrozenEncoder, build_encoder
+from models.projector import Projector, ProjectorConfig
+
+IMAGE, PADDING = 0, -1  # segments; captions are 1, 2, ...
+
+
+@dataclass(frozen=True)
+class CaptionerConfig:
+    """All that is needed to build a captioner, but for what training has learnt."""
+
+    encoder: EncoderConfig = EncoderConfig()
+    """The frozen image encoder."""
+    projector: ProjectorConfig = ProjectorConfig()
+    """What maps patch features to word embeddings."""
+    decoder: DecoderConfig = DecoderConfig()
+    """The language model."""
+    lora: LoraConfig = LoraConfig()
+    """The decoder's adapters."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a caption is chosen; the default is greedy."""
+
+    max_new_tokens: int = 50
+    """Longest caption, in tokens."""
+    num_beams: int = 1
+    """Beams of the beam search; 1 is greedy or sampling."""
+    do_sample: bool = False
+    """Draw words at random instead of taking the likeliest."""
+    temperature: float = 1.0
+    """Divides the logits before sampling."""
+    top_p: float = 1.0
+    """Sample from the likeliest words that make up this share of the probability."""
+    top_k: int = 0
+    """Sample from this many likeliest words; 0 is all."""
+
+
+@dataclass
+class Rows:
+    """Packed captions, one photo a row; L is the longest row's number of text tokens, the image prefix not counted."""
+
+    input_ids: Tensor
+    """(B, L) EOS and caption, EOS and caption, ..., padding."""
+    labels: Tensor
+    """(B, L) the next token of each, -100 on padding."""
+    positions: Tensor
+    """(B, L) place behind the image prefix: 0 at each caption's first EOS."""
+    segments: Tensor
+    """(B, L) 1, 2, ... by caption, PADDING on padding."""
+
+    def to(self, device: torch.device) -> "Rows":
+        return Rows(*(getattr(self, name).to(device) for name in ("input_ids", "labels", "positions", "segments")))
+
+
+def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int) -> Rows:
+    """Pack each photo's tokenised captions into one row.
+
+    >>> rows = pack_rows([[[5, 6, 7], [8]]], eos=0)
+    >>> rows.input_ids.tolist(), rows.labels.tolist()
+    ([[0, 5, 6, 7, 0, 8]], [[5, 6, 7, 0, 8, 0]])
+    >>> rows.positions.tolist(), rows.segments.tolist()
+    ([[0, 1, 2, 3, 0, 1]], [[1, 1, 1, 1, 2, 2]])
+    """
+    length = max(sum(len(caption) + 1 for caption in row) for row in rows)
+    packed = Rows(
+        input_ids=torch.full((len(rows), length), eos),
+        labels=torch.full((len(rows), length), -100),
+        positions=torch.zeros(len(rows), length, dtype=torch.long),
+        segments=torch.full((len(rows), length), PADDING),
+    )
+    for b, row in enumerate(rows):
+        start = 0
+        for number, caption in enumerate(row, start=1):
+            place = slice(start, start + len(caption) + 1)
+            packed.input_ids[b, place] = torch.tensor([eos, *caption])
+            packed.labels[b, place] = torch.tensor([*caption, eos])
+            packed.positions[b, place] = torch.arange(len(caption) + 1)
+            packed.segments[b, place] = number
+            start = place.stop
+    return packed
+
+
+def prefix_mask(segments: Tensor, image_tokens: int, dtype: torch.dtype) -> Tensor:
+    """(B, L) segments -> (B, 1, P + L, P + L) additive mask: causal; a caption sees the image and itself."""
+    full = F.pad(segments, (image_tokens, 0), value=IMAGE)
+    length = full.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=full.device).tril()
+    seen = causal & ((full[:, None, :] == IMAGE) | (full[:, None, :] == full[:, :, None]))
+    return torch.zeros(seen.shape, dtype=dtype, device=full.device).masked_fill_(
+        ~seen, torch.finfo(dtype).min
+    )[:, None]
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of `head(hidden)`, `chunk` positions at a time, the gradient formed in the same pass.
+
+    The full logits (N, vocabulary) in float32 never exist: at GPT-2's vocabulary they would outweigh the model.
+    """
+
+    CHUNK = 256
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, labels: Tensor, head: nn.Module, *weights: Tensor) -> Tensor:
+        """(N, D) hidden states, (N,) labels; `weights` are the head's trainable parameters. -> () float32"""
+        total = torch.zeros((), device=hidden.device)
+        needed = any(ctx.needs_input_grad)
+        hidden_grads, weight_grads = [], [torch.zeros_like(weight) for weight in weights]
+        for states, targets in zip(hidden.split(ChunkedCrossEntropy.CHUNK), labels.split(ChunkedCrossEntropy.CHUNK)):
+            with torch.set_grad_enabled(needed):
+                states = states.detach().requires_grad_(needed)
+                loss = F.cross_entropy(head(states).float(), targets, reduction="sum")
+            if needed:
+                states_grad, *grads = torch.autograd.grad(loss, [states, *weights])
+                hidden_grads.append(states_grad)
+                for sum_, grad in zip(weight_grads, grads):
+                    sum_ += grad
+            total += loss.detach()
+        if needed:
+            ctx.save_for_backward(torch.cat(hidden_grads), *weight_grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        hidden_grad, *weight_grads = ctx.saved_tensors
+        return hidden_grad * grad, None, None, *(weight_grad * grad for weight_grad in weight_grads)
+
+
+class Captioner(nn.Module):
+    """Build it with `build_captioner`, or `models.checkpoint.load_captioner` for a trained one."""
+
+    def __init__(
+        self, encoder: FrozenEncoder, projector: Projector, decoder: nn.Module, tokenizer, config: CaptionerConfig
+    ):
+        super().__init__()
+        self.encoder, self.projector, self.decoder = encoder, projector, decoder
+        self.tokenizer, self.config = tokenizer, config
+
+    def prefix(self, features: Tensor) -> Tensor:
+        """(B, P, D_image) -> (B, P, D_text), in the decoder's dtype."""
+        return self.projector(features).to(causal_lm(self.decoder).dtype)
+
+    def forward(self, features: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """(B, P, D_image) features and B packed rows -> sum of the supervised tokens' losses, number of those tokens."""
+        lm = causal_lm(self.decoder)
+        image = self.prefix(features)
+        tokens = image.shape[1]
+        inputs = torch.cat([image, lm.get_input_embeddings()(rows.input_ids)], dim=1)
+        image_positions = torch.arange(tokens, device=image.device).expand(len(image), -1)
+        hidden = lm.base_model(
+            inputs_embeds=inputs,
+            attention_mask=prefix_mask(rows.segments, tokens, inputs.dtype),
+            position_ids=torch.cat([image_positions, tokens + rows.positions], dim=1),
+            use_cache=False,
+        ).last_hidden_state
+        supervised = rows.labels != -100
+        head = lm.get_output_embeddings()
+        weights = [weight for weight in head.parameters() if weight.requires_grad]
+        loss = ChunkedCrossEntropy.apply(hidden[:, tokens:][supervised], rows.labels[supervised], head, *weights)
+        return loss, supervised.sum()
+
+    def merge(self) -> "Captioner":
+        """Fold LoRA into the decoder, for inference."""
+        self.decoder = merge_lora(self.decoder)
+        return self
+
+    @torch.inference_mode()
+    def caption(self, features: Tensor, decoding: Decoding = Decoding()) -> list[str]:
+        """(B, P, D_image) -> B captions. All photos have equally long prefixes, so that nothing is padded."""
+        from transformers import GenerationConfig
+
+        lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
+        image = self.prefix(features)
+        first = lm.get_input_embeddings()(torch.full((len(image), 1), eos, device=image.device))
+        inputs = torch.cat([image, first], dim=1)
+        sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
+        settings = GenerationConfig(
+            max_new_tokens=decoding.max_new_tokens,
+            num_beams=decoding.num_beams,
+            do_sample=decoding.do_sample,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            **(sampling if decoding.do_sample else {}),
+        )
+        mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=image.device)
+        ids = lm.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=settings)
+        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def build_captioner(config: CaptionerConfig, load_weights: bool = True) -> Captioner:
+    """A fresh captioner: random projector, LoRA that changes nothing yet. Without `load_weights` on the meta device."""
+    encoder = build_encoder(config.encoder, load_weights)
+    lm, tokenizer = load_decoder(config.decoder, load_weights)
+    width_text = lm.get_input_embeddings().embedding_dim
+    with torch.device("cpu" if load_weights else "meta"):
+        projector = Projector(config.projector, encoder.width, width_text)
+    return Captioner(encoder, projector, add_lora(lm, config.lora), tokenizer, config)

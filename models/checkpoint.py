@@ -1,0 +1,138 @@
+"""A captioner on disk: `captioner.json` (what to build), `projector.safetensors`, `decoder_lora/` in peft's own form.
+
+The frozen encoder and decoder are not copied; `captioner.json` names them. The folder's contents alone decide how it
+is read, and every tensor must be there, of the right shape, with none left over.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common import UserError, check, write_json
+from models.captioner import Captioner, CaptionerConfig, build_captioner
+from models.decoder import DecoderConfig, LoraConfig, check_decoder
+from models.encoder import EncoderConfig, check_encoder
+from models.projector import ProjectorConfig
+
+PROJECTOR, LORA, CONFIG = "projector.safetensors", "decoder_lora", "captioner.json"
+LORA_WEIGHTS = f"{LORA}/adapter_model.safetensors"
+
+
+def save_captioner(
+    captioner: Captioner, folder: Path, dtype: torch.dtype = torch.float32, extra: dict[str, object] | None = None
+) -> None:
+    """Write what training has learnt to `folder`, which is replaced as a whole once everything is written.
+
+    `extra` are more files {name: object for torch.save}.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file(
+        {name: tensor.to(dtype).contiguous() for name, tensor in captioner.projector.state_dict().items()},
+        part / PROJECTOR,
+    )
+    decoder = captioner.decoder
+    for settings in decoder.peft_config.values():
+        settings.base_model_name_or_path = captioner.config.decoder.model
+    lora = {name: tensor.to(dtype) for name, tensor in _lora_state(decoder).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # the head is adapted, and peft would store the embeddings tied to it: 125 MB for GPT-2
+        decoder.save_pretrained(part / LORA, save_embedding_layers=False)
+    save_file({name: tensor.contiguous() for name, tensor in lora.items()}, part / LORA_WEIGHTS)
+    (part / LORA / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    write_json(part / CONFIG, asdict(captioner.config))
+    for name, value in (extra or {}).items():
+        torch.save(value, part / name)
+    replace_folder(part, folder)
+
+
+def replace_folder(part: Path, folder: Path) -> None:
+    """Move `part` to where `folder` is, keeping the old one until the new one is in place."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _lora_state(decoder) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model_state_dict(decoder, save_embedding_layers=False)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder meant by `path`: itself, or `best/` in a run folder, or `last/` where there is no best."""
+    for folder in (path, path / "best", path / "last"):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise UserError(f"checkpoint: {path}: expected a run folder or a checkpoint folder, found no {CONFIG} in it")
+
+
+def read_config(folder: Path) -> CaptionerConfig:
+    """`captioner.json` of a checkpoint folder."""
+    file = folder / CONFIG
+    try:
+        parts = json.loads(file.read_text(encoding="utf-8"))
+        return CaptionerConfig(
+            EncoderConfig(**parts["encoder"]),
+            ProjectorConfig(**parts["projector"]),
+            DecoderConfig(**parts["decoder"]),
+            LoraConfig(**parts["lora"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: expected the settings of a captioner: {error}") from None
+
+
+def check_checkpoint(folder: Path) -> CaptionerConfig:
+    """Compare the tensors of `folder` with what its `captioner.json` builds, before any weights are loaded.
+
+    Returns the config. Raises UserError for missing files, and for tensors that are missing, unexpected or misshapen.
+    """
+    config = read_config(folder)
+    missing = [name for name in (PROJECTOR, LORA_WEIGHTS) if not (folder / name).is_file()]
+    check([f"checkpoint: {folder}: expected {name} in it" for name in missing])
+    check(check_encoder(config.encoder) + check_decoder(config.decoder))
+    empty = build_captioner(config, load_weights=False)
+    for file, state in ((PROJECTOR, empty.projector.state_dict()), (LORA_WEIGHTS, _lora_state(empty.decoder))):
+        expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        with safe_open(folder / file, framework="pt") as stored:
+            found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
+        wrong = [f"{name} {found.get(name, 'missing')} instead of {expected.get(name, 'nothing')}"
+                 for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]  # fmt: skip
+        if wrong:
+            raise UserError(f"{folder / file}: of another model than {CONFIG} names: {len(wrong)} tensors, first {wrong[0]}")
+    return config
+
+
+def load_trained(captioner: Captioner, folder: Path) -> None:
+    """Copy the trained tensors of `folder` into `captioner`, strictly."""
+    from peft import set_peft_model_state_dict
+
+    captioner.projector.load_state_dict(load_file(folder / PROJECTOR), strict=True)
+    state = load_file(folder / LORA_WEIGHTS)
+    result = set_peft_model_state_dict(captioner.decoder, state)
+    lost = [name for name in result.missing_keys if "lora_" in name]
+    if lost or result.unexpected_keys:
+        raise UserError(f"{folder / LORA_WEIGHTS}: of another model: {(lost + list(result.unexpected_keys))[0]}")
+
+
+def load_captioner(path: Path) -> Captioner:
+    """The trained captioner in `path` (a run or checkpoint folder), in float32, adapters not yet merged."""
+    folder = find_checkpoint(path)
+    captioner = build_captioner(check_checkpoint(folder))
+    load_trained(captioner, folder)
+    return captioner.eval()

@@ -1,0 +1,215 @@
+"""The language model that writes captions, LoRA on each of its linear layers, and merging the two again."""
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common import UserError
+from models import packaged
+
+COURSE_FILES = ("decoder_model.bin", "encoder.json", "vocab.bpe")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Which causal language model writes the caption."""
+
+    model: str = "gpt2"
+    """Hub id, local folder, pip:PACKAGE, or a folder of decoder_model.bin, encoder.json and vocab.bpe (GPT-2 small)."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (arXiv 2106.09685) on every linear layer of the decoder, its output head included."""
+
+    rank: int = 32
+    """Rank of each update."""
+    alpha: float = 64.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the input of each update."""
+
+
+def check_decoder(config: DecoderConfig) -> list[str]:
+    """What can be seen to be wrong with `config` before any weights are read."""
+    folder = Path(config.model)
+    if config.model.startswith(packaged.PREFIX):
+        try:
+            packaged.decoder_file(config.model)
+        except UserError as error:
+            return [str(error)]
+    elif (folder / COURSE_FILES[0]).exists():
+        missing = [name for name in COURSE_FILES if not (folder / name).is_file()]
+        return [f"decoder.model: {folder} holds {COURSE_FILES[0]} but not {', '.join(missing)}"] if missing else []
+    elif folder.is_absolute() or config.model.startswith((".", "~")):
+        if not (folder / "config.json").is_file():
+            return [f"decoder.model: {folder}: no such model folder (neither config.json nor {COURSE_FILES[0]} in it)"]
+    return []
+
+
+def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.Module, object]:
+    """The causal LM in float32 and its tokenizer; without `load_weights` on the meta device and without tokenizer.
+
+    Raises UserError where the model is not to be had, or where its tokenizer names no end-of-text token.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+    if (Path(config.model) / COURSE_FILES[0]).exists():
+        return _load_course_form(Path(config.model), load_weights)
+    where, options = config.model, {}
+    if where.startswith(packaged.PREFIX):
+        file = packaged.decoder_file(where)
+        where, options = str(file.parent), {"gguf_file": file.name}
+    try:
+        if not load_weights:
+            # "gpt2" must not need the hub: the library's default configuration is GPT-2 small
+            shape = GPT2Config() if where == "gpt2" else AutoConfig.from_pretrained(where, **options)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(shape), None
+        lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except Exception as error:  # hub clients raise all sorts; the user needs one line
+        raise UserError(
+            f"decoder.model: could not load {config.model}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"decoder.model: the tokenizer of {config.model} has no end-of-text token")
+    _check_head(lm)
+    return lm, tokenizer
+
+
+def _check_head(lm: nn.Module) -> None:
+    """The loss applies the output head by itself: refuse a decoder that does more after its last layer."""
+    ids = torch.arange(2)[None]
+    with torch.no_grad():
+        hidden = lm.base_model(input_ids=ids).last_hidden_state
+        if not torch.allclose(lm.get_output_embeddings()(hidden), lm(input_ids=ids).logits, atol=1e-4):
+            raise UserError(f"decoder.model: {type(lm).__name__} changes its logits after the head: not supported")
+
+
+def _load_course_form(folder: Path, load_weights: bool) -> tuple[nn.Module, object]:
+    """GPT-2 small from a bare state dict without the `transformer.` prefix, and the tokenizer files beside it."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+    weights, vocab, merges = (folder / name for name in COURSE_FILES)
+    with torch.device("cpu" if load_weights else "meta"):
+        lm = GPT2LMHeadModel(GPT2Config())
+    if not load_weights:
+        return lm, None
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{weights}: expected a state dict, {str(error).splitlines()[0]}") from error
+    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    state.pop("lm_head.weight", None)  # tied to wte
+    state = {name: tensor for name, tensor in state.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    try:
+        lm.transformer.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{weights}: expected GPT-2 small's state dict: {' '.join(str(error).split())[:200]}") from None
+    tokenizer = GPT2Tokenizer(vocab=str(vocab), merges=str(merges))
+    return lm.eval(), tokenizer
+
+
+def linear_layers(lm: nn.Module) -> list[str]:
+    """Names of all linear layers, output head included (GPT-2 writes its blocks' as Conv1D)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [name for name, module in lm.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def add_lora(lm: nn.Module, config: LoraConfig) -> nn.Module:
+    """Wrap `lm` with fresh adapters in float32; everything else is frozen. Returns peft's PeftModel.
+
+    The decoder's own dropout (GPT-2 has three kinds) is switched off: what is frozen needs no regularising.
+    """
+    import peft
+
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=linear_layers(lm),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():  # tied head and Conv1D: both meant, both tested
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(lm, settings)
+
+
+def causal_lm(decoder: nn.Module) -> nn.Module:
+    """The transformers model inside `decoder`, whether wrapped by peft or not."""
+    return decoder.get_base_model() if hasattr(decoder, "get_base_model") else decoder
+
+
+def merge_lora(decoder: nn.Module) -> nn.Module:
+    """Fold the adapters into the weights and return the plain transformers model.
+
+    A head tied to the word embeddings is untied first: its update belongs to the head alone.
+    """
+    lm = causal_lm(decoder)
+    head, words = lm.get_output_embeddings(), lm.get_input_embeddings()
+    base = getattr(head, "base_layer", head)
+    if base.weight is words.weight:
+        base.weight = nn.Parameter(words.weight.detach().clone(), requires_grad=False)
+        lm.config.tie_word_embeddings = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return decoder.merge_and_unload()
+
+
+class LoraProduct(torch.autograd.Function):
+    """`x W + bias + scale (x A) B` in matrix products alone.
+
+    peft writes each sum and each scaling as a pass of its own over (N, out), forward and backward; at a decoder's
+    widths those passes cost as much as the products. Same mathematics, same parameters.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale: float):
+        """x (..., in), weight (in, out), bias (out) or None, a (rank, in), b (out, rank) -> (..., out)"""
+        flat = x.reshape(-1, x.shape[-1])
+        a, b = a.to(x.dtype), b.to(x.dtype) * scale
+        low = flat @ a.T
+        out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        out.addmm_(low, b.T)
+        ctx.save_for_backward(flat, low, weight, a, b)
+        ctx.scale = scale
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        flat, low, weight, a, b = ctx.saved_tensors
+        shape, grad = grad.shape[:-1], grad.reshape(-1, grad.shape[-1])
+        grad_low = grad @ b
+        grad_x = torch.addmm(grad @ weight.T, grad_low, a).view(*shape, -1) if ctx.needs_input_grad[0] else None
+        grad_a = (grad_low.T @ flat).float()  # the adapters are kept in float32
+        grad_b = (grad.T @ low).float() * ctx.scale
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def fuse_lora(decoder: nn.Module) -> None:
+    """Let each adapted layer compute by LoraProduct; layers with dropout keep peft's own form."""
+    from peft.tuners.lora import Linear
+
+    for module in decoder.modules():
+        if isinstance(module, Linear):
+            (name,) = module.active_adapters
+            if isinstance(module.lora_dropout[name], nn.Identity):
+                module.forward = partial(_fused_forward, module, name)
+
+
+def _fused_forward(module: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
+    base = module.get_base_layer()
+    if module.disable_adapters:
+        return base(x)
+    weight = base.weight.T if isinstance(base, nn.Linear) else base.weight  # Conv1D keeps (in, out)
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    return LoraProduct.apply(x, weight, base.bias, a, b, module.scaling[name])

