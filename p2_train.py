@@ -1,0 +1,360 @@
+"""P2, training: photos + captions -> a run: a projector and LoRA, trained in two stages on frozen models.
+
+    python p2_train.py --config configs/p2_lora_r32.yaml --data DATA --output runs/p2_r32   # the published setting
+    python p2_train.py --config configs/p2_packed.yaml --data DATA --output runs/p2_packed  # what we recommend
+    python p2_train.py --config configs/p2_lora_r32.yaml --dry_run                          # parts and parameters
+    python p2_train.py --config configs/shapes.yaml --data runs/demo/shapes --output runs/demo/p2  # minutes on a CPU
+
+Stage `align` trains the projector alone, stage `finetune` the projector and LoRA. A run folder holds config.yaml,
+metrics.jsonl, loss.png, best/ (lowest validation loss) and last/ (where `--resume` goes on, at the last epoch's end).
+"""
+
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import yaml
+from accelerate import Accelerator
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from torch import Tensor
+from tqdm import tqdm
+
+from common import (
+    MetricsLog, Precision, UserError, check, pick_device, run, seed_everything, torch_dtype, written_whole,
+)  # fmt: skip
+from data.annotations import Photo, find_data, read_annotations
+from data.batches import Row, batch_tokens, epoch_batches
+from data.features import Features, photo_features
+from models.captioner import Captioner, CaptionerConfig, build_captioner, pack_rows
+from models.checkpoint import load_trained, save_captioner
+from models.decoder import DecoderConfig, LoraConfig, causal_lm, check_decoder, fuse_lora
+from models.encoder import EncoderConfig, check_encoder
+from models.projector import ProjectorConfig
+from models.training import STAGES, Stage, check_stage, make_optimizer, make_schedule, parts_of, set_trainable
+from pages.figures import plot_losses
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings; the defaults are the published run."""
+
+    data: Path | None = None
+    """Folder with train.json, val.json and images/; or name the four below."""
+    annotations: Path | None = None
+    """Training captions: COCO or Karpathy JSON, Flickr8k's token file, or CSV."""
+    images: Path | None = None
+    """Folder of the training photos."""
+    val_annotations: Path | None = None
+    """Validation captions, in the same forms; the same file again where it is cut into splits itself."""
+    val_images: Path | None = None
+    """Folder of the validation photos."""
+    output: Path | None = None
+    """Run folder to write."""
+    overwrite: bool = False
+    """Replace a run that is there."""
+    resume: bool = False
+    """Go on with the run in `output` from the end of its last epoch."""
+    dry_run: bool = False
+    """Print the parts and their trainable parameters, and stop: no data, no network, no weights."""
+
+    encoder: EncoderConfig = EncoderConfig()
+    """The frozen image encoder."""
+    projector: ProjectorConfig = ProjectorConfig()
+    """What maps patch features to word embeddings."""
+    decoder: DecoderConfig = DecoderConfig()
+    """The language model."""
+    lora: LoraConfig = LoraConfig()
+    """The decoder's adapters."""
+    align: Stage = Stage()
+    """Stage 1: the projector alone."""
+    finetune: Stage = Stage(epochs=3, schedule="warm_restarts", min_lr=1e-4)
+    """Stage 2: projector and LoRA."""
+
+    batch_size: PositiveInt = 12
+    """Captions a batch (and process)."""
+    captions_per_row: PositiveInt = 1
+    """Captions of one photo that share its image prefix in one row; the gradients are the same, the work is not."""
+    bucket: bool = False
+    """Batch rows of like length together, which saves padding."""
+    gradient_accumulation: PositiveInt = 1
+    """Batches an optimizer step."""
+    max_grad_norm: NonNegativeFloat = 0.0
+    """Clip the gradient to this norm; 0 does not."""
+    precision: Precision = "float32"
+    """bf16 and fp16 hold the frozen weights in 16 bits and compute in them; what trains stays in float32."""
+    save_precision: Precision = "float32"
+    """Precision of best/; last/ is always float32."""
+    val_cider: bool = False
+    """Caption the validation photos after each epoch and score them with CIDEr."""
+    skip_bad_photos: bool = False
+    """Go on without photos that cannot be decoded, instead of ending with an error."""
+    features: Path = Path("runs/features")
+    """Cache of encoded photos, shared by all runs."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    seed: int = 0
+    """Decides the projector's start, the adapters' and the order of the captions."""
+    limit: PositiveInt | None = None
+    """Only the first so many training photos."""
+    val_limit: PositiveInt | None = None
+    """Only the first so many validation photos."""
+
+
+@dataclass
+class Split:
+    """Photos of one split with their features and tokenised captions, in one order."""
+
+    photos: list[Photo]
+    features: Features
+    captions: list[list[list[int]]]
+
+
+# ------------------------------------------------------------------------------------------- before training
+
+
+def check_settings(cfg: Config) -> None:
+    """Raise a UserError for what is wrong with the settings alone."""
+    problems = check_encoder(cfg.encoder) + check_decoder(cfg.decoder)
+    for name in STAGES:
+        problems += check_stage(name, getattr(cfg, name))
+    if cfg.batch_size % cfg.captions_per_row:
+        problems.append(
+            f"batch_size: expected a multiple of captions_per_row {cfg.captions_per_row}, got {cfg.batch_size}"
+        )
+    if not cfg.dry_run:
+        if cfg.data is None and cfg.annotations is None:
+            problems.append("data: required, not given (or annotations and images)")
+        if cfg.data and (cfg.annotations or cfg.val_annotations):
+            problems.append("data: expected either data, or annotations and images, got both")
+        if cfg.output is None:
+            problems.append("output: required, not given")
+        elif cfg.output.exists() and not cfg.overwrite and not cfg.resume:
+            problems.append(f"output: {cfg.output} exists; --resume goes on with it, --overwrite replaces it")
+    check(problems)
+
+
+def settings_of(cfg: Config) -> dict:
+    """What config.yaml holds: all that makes the run what it is, as plain values."""
+    settings = json.loads(json.dumps(asdict(cfg), default=str))
+    return {key: value for key, value in settings.items() if key not in ("overwrite", "resume", "dry_run")}
+
+
+def resumed_state(cfg: Config) -> dict | None:
+    """The trainer's state in last/, None where there is none yet. Raises UserError if the settings have changed."""
+    file = cfg.output / "config.yaml"
+    if not cfg.resume or not file.exists():
+        return None
+    before, now = yaml.safe_load(file.read_text(encoding="utf-8")), settings_of(cfg)
+    check([f"resume: {key} was {before.get(key)}, is {now[key]}" for key in now if now[key] != before.get(key)])
+    state = cfg.output / "last" / "trainer.pt"
+    return torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
+
+
+def read_splits(cfg: Config) -> tuple[list[Photo], list[Photo]]:
+    """Training and validation photos with their captions; validation may be empty. Raises UserError."""
+    if cfg.data:
+        train, val = find_data(cfg.data, "train"), find_data(cfg.data, "val")
+    else:
+        train, val = (cfg.annotations, cfg.images), (cfg.val_annotations, cfg.val_images or cfg.images)
+    one_file = train[0] == val[0]  # Karpathy's form and Flickr8k's: the splits are named inside
+    splits = []
+    for (annotations, images), name, limit in ((train, "train", cfg.limit), (val, "val", cfg.val_limit)):
+        photos = read_annotations(annotations, images, name if one_file else None, limit) if annotations else []
+        if any(photo.path is None for photo in photos):
+            raise UserError(f"images: expected the folder of the photos of {annotations}, none given")
+        splits.append(photos)
+    return tuple(splits)
+
+
+def prepare(captioner: Captioner, photos: list[Photo], cfg: Config, device: torch.device) -> Split:
+    """Encode (or find in the cache) and tokenise one split. Raises UserError for photos that cannot be decoded."""
+    features, good, bad = photo_features(captioner.encoder, photos, cfg.features, device)
+    if bad and not cfg.skip_bad_photos:
+        check([f"photo {error}" for error in bad] + ["skip_bad_photos: goes on without them"])
+    for error in bad:
+        print(f"skipped photo {error}", file=sys.stderr)
+    photos = [photos[i] for i in good]
+    captions = [caption for photo in photos for caption in photo.captions]
+    ids = iter(captioner.tokenizer(captions, add_special_tokens=False).input_ids)
+    return Split(photos, features, [[next(ids) for _ in photo.captions] for photo in photos])
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+class Trainer:
+    """One run: its model, data, log and place in the two stages."""
+
+    def __init__(self, cfg: Config, captioner: Captioner, train: Split, val: Split | None, state: dict | None):
+        self.cfg, self.captioner, self.train, self.val = cfg, captioner, train, val
+        device = captioner.encoder.device
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="no" if cfg.precision == "float32" else cfg.precision
+        )
+        self.log = MetricsLog(cfg.output / "metrics.jsonl")
+        self.state = state or {"stage": next(iter(STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
+        self.log.keep(self.state["logged"])  # what a killed run logged after its last save is done again
+        self.model = captioner  # as accelerate wraps it, once a stage has begun
+
+    def loss(self, split: Split, batch: list[Row]) -> Tensor:
+        """Sum of the losses of a batch's supervised tokens."""
+        device = self.accelerator.device
+        features = split.features[[photo for photo, _ in batch]].to(device, non_blocking=True)
+        rows = pack_rows([captions for _, captions in batch], self.captioner.tokenizer.eos_token_id).to(device)
+        return self.model(features, rows)[0]
+
+    def optimizer_steps(self, batches: list[list[Row]]) -> Iterator[tuple[list[list[Row]], int]]:
+        """For each optimizer step this process's batches, and the supervised tokens of all processes' batches."""
+        processes = self.accelerator.num_processes
+        together = self.cfg.gradient_accumulation * processes
+        for start in range(0, len(batches), together):
+            group = batches[start : start + together]
+            own = group[self.accelerator.process_index :: processes]
+            yield own, sum(map(batch_tokens, group))
+
+    def stage(self, name: str) -> None:
+        """Train one stage epoch by epoch from where `state` says."""
+        cfg, stage, accelerator = self.cfg, getattr(self.cfg, name), self.accelerator
+        trainable = set_trainable(self.captioner, name, stage.lr)
+        batches = epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row)
+        epoch_steps = sum(1 for _ in self.optimizer_steps(batches))
+        optimizer = make_optimizer(trainable, stage)
+        schedule = make_schedule(optimizer, stage, epoch_steps)
+        if "optimizer" in self.state:  # resumed inside this stage
+            optimizer.load_state_dict(self.state.pop("optimizer"))
+            schedule.load_state_dict(self.state.pop("schedule"))
+        self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
+        for epoch in range(self.state["epoch"], math.ceil(stage.epochs)):
+            # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
+            order = 1000 * cfg.seed + 100 * list(STAGES).index(name) + epoch
+            batches = epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row, order, cfg.bucket)
+            count = min(epoch_steps, round(stage.epochs * epoch_steps) - epoch * epoch_steps)
+            bar = tqdm(
+                islice(self.optimizer_steps(batches), count), total=count, mininterval=1,
+                desc=f"{name} {epoch + 1}/{math.ceil(stage.epochs)}",
+            )  # fmt: skip
+            start, captions, loss_sum, token_sum = time.monotonic(), 0, 0.0, 0
+            self.captioner.train()
+            for step, (own, tokens) in enumerate(bar, start=1):
+                step_loss = torch.zeros((), device=accelerator.device)
+                for i, batch in enumerate(own):
+                    with accelerator.no_sync(self.model) if i + 1 < len(own) else nullcontext():
+                        loss = self.loss(self.train, batch)
+                        # the mean over the whole step's tokens; processes' gradients are averaged, hence the factor
+                        accelerator.backward(loss * accelerator.num_processes / tokens)
+                    step_loss += loss.detach()
+                    captions += sum(len(row) for _, row in batch)
+                if cfg.max_grad_norm:
+                    accelerator.clip_grad_norm_(trainable, cfg.max_grad_norm)
+                lr = schedule.get_last_lr()[0]
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                loss_sum, token_sum = loss_sum + accelerator.reduce(step_loss, "sum").item(), token_sum + tokens
+                if step % 20 == 0 or step == count:
+                    mean, rate = loss_sum / token_sum, captions / (time.monotonic() - start)
+                    bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", captions_a_second=f"{rate:.1f}")
+                    self.write_log(stage=name, epoch=epoch + 1, step=step, loss=round(mean, 5), lr=lr)
+                    loss_sum, token_sum = 0.0, 0
+            self.state |= {"stage": name, "epoch": epoch + 1}
+            self.end_epoch(round(time.monotonic() - start, 1), optimizer, schedule)
+
+    def write_log(self, **figures) -> None:
+        if self.accelerator.is_main_process:
+            self.log.append(**figures)
+
+    def end_epoch(self, seconds: float, optimizer, schedule) -> None:
+        """Measure on the validation photos; write best/ where it is one, last/, the log and loss.png."""
+        cfg, state = self.cfg, self.state
+        self.captioner.eval()
+        row = {"stage": state["stage"], "epoch": state["epoch"], "seconds": seconds}
+        if self.val:
+            row["val_loss"] = self.validation_loss()
+            if cfg.val_cider:
+                row["val_cider"] = self.validation_cider()
+        self.write_log(**row)
+        if not self.accelerator.is_main_process:
+            return
+        print("  ".join(f"{key} {value:.4f}" if key.startswith("val") else f"{key} {value}" for key, value in row.items()))
+        plot_losses(self.log.rows(), cfg.output / "loss.png")
+        # without validation photos the last epoch is the best that is known
+        if row.get("val_loss", -math.inf) < state["best"]:
+            state["best"] = row.get("val_loss", math.inf)
+            save_captioner(self.captioner, cfg.output / "best", torch_dtype(cfg.save_precision))
+        state["logged"] = len(self.log.rows())
+        progress = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": torch.get_rng_state()}
+        save_captioner(self.captioner, cfg.output / "last", extra={"trainer.pt": state | progress})
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean loss over all supervised tokens of the validation captions."""
+        total = torch.zeros((), device=self.accelerator.device)
+        batches = epoch_batches(self.val.captions, self.cfg.batch_size, self.cfg.captions_per_row)
+        for batch in tqdm(batches[self.accelerator.process_index :: self.accelerator.num_processes], "validate", leave=False):
+            total += self.loss(self.val, batch)
+        return self.accelerator.reduce(total, "sum").item() / sum(map(batch_tokens, batches))
+
+    def validation_cider(self) -> float:
+        """CIDEr-D of greedy captions of the validation photos."""
+        from metrics.cider import cider
+
+        lm = causal_lm(self.captioner.decoder)
+        training_attention = lm.config._attn_implementation
+        lm.set_attn_implementation("sdpa")
+        predictions = {}
+        for start in tqdm(range(0, len(self.val.photos), 32), "caption", leave=False):
+            own = range(start, min(start + 32, len(self.val.photos)))
+            with self.accelerator.autocast():
+                captions = self.captioner.caption(self.val.features[own].to(self.accelerator.device))
+            predictions.update(zip((self.val.photos[i].stem for i in own), captions))
+        lm.set_attn_implementation(training_attention)
+        return cider({photo.stem: list(photo.captions) for photo in self.val.photos}, predictions)[0]
+
+    def run(self) -> None:
+        names = list(STAGES)
+        for name in names[names.index(self.state["stage"]) :]:
+            if self.state["stage"] != name:
+                self.state |= {"stage": name, "epoch": 0}
+            self.stage(name)
+
+
+def main(cfg: Config) -> None:
+    check_settings(cfg)
+    model = CaptionerConfig(cfg.encoder, cfg.projector, cfg.decoder, cfg.lora)
+    if cfg.dry_run:
+        captioner = build_captioner(model, load_weights=False)
+        for name in STAGES:
+            set_trainable(captioner, name, getattr(cfg, name).lr)
+        return
+    device, state = pick_device(cfg.device), resumed_state(cfg)
+    train_photos, val_photos = read_splits(cfg)
+
+    seed_everything(cfg.seed)
+    captioner = build_captioner(model)
+    captioner.encoder.to(device)
+    train = prepare(captioner, train_photos, cfg, device)
+    val = prepare(captioner, val_photos, cfg, device) if val_photos else None
+    if state:
+        load_trained(captioner, cfg.output / "last")
+        torch.set_rng_state(state.pop("rng"))
+    for _, parameter in parts_of(captioner)["decoder"]:  # frozen: in 16 bits once, not cast anew at each step
+        parameter.data = parameter.data.to(torch_dtype(cfg.precision))
+    fuse_lora(captioner.decoder)
+    # the backward of sdpa under a mask is several times slower than attention written out, on a CPU
+    causal_lm(captioner.decoder).set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
+
+    with written_whole(cfg.output / "config.yaml") as part:
+        part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")
+    Trainer(cfg, captioner, train, val, state).run()
+    print(f"captioner: {cfg.output / 'best'}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

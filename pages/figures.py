@@ -1,0 +1,34 @@
+"""Figures that scripts leave beside their results."""
+
+from pathlib import Path
+
+from common import written_whole
+
+
+def plot_losses(rows: list[dict], file: Path) -> None:
+    """loss.png from the rows of metrics.jsonl: training loss by step, validation loss at each epoch's end."""
+    from matplotlib.figure import Figure
+
+    training, validation, stages, done, last = [], [], {}, 0, 0
+    for row in rows:
+        stages.setdefault(row["stage"], done)
+        if "step" in row:  # steps are counted within an epoch; the row that ends it follows
+            last = done + row["step"]
+            training.append((last, row["loss"]))
+        else:
+            done = last
+            if "val_loss" in row:
+                validation.append((done, row["val_loss"]))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    if training:
+        axes.plot(*zip(*training), linewidth=1, label="training")
+    if validation:
+        axes.plot(*zip(*validation), "o-", label="validation, at each epoch's end")
+    for stage, start in stages.items():
+        axes.axvline(start, color="grey", linewidth=0.5)
+        axes.annotate(f" {stage}", (start, 1), xycoords=("data", "axes fraction"), va="top", color="grey")
+    axes.set(xlabel="optimizer step", ylabel="loss a supervised token (nats)")
+    axes.legend()
+    with written_whole(file) as part:
+        figure.savefig(part, dpi=120, format="png")
