@@ -9,10 +9,10 @@ captions.meta.json beside it. A photo that cannot be decoded is named, skipped a
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Iterable, Iterator
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -20,8 +20,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
-    NothingDone, Precision, UserError, check_output, library_versions, pick_device, run, seed_everything, torch_dtype,
-)  # fmt: skip
+    NothingDone,
+    Precision,
+    UserError,
+    check_output,
+    library_versions,
+    pick_device,
+    run,
+    seed_everything,
+    torch_dtype,
+)
 from data.annotations import Photo, find_photos
 from data.images import BadPhoto, load_photos
 from data.predictions import write_predictions

@@ -13,11 +13,11 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Iterator
 
 import torch
 import yaml
@@ -27,8 +27,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import (
-    MetricsLog, Precision, UserError, check, pick_device, run, seed_everything, torch_dtype, written_whole,
-)  # fmt: skip
+    MetricsLog,
+    Precision,
+    UserError,
+    check,
+    pick_device,
+    run,
+    seed_everything,
+    torch_dtype,
+    written_whole,
+)
 from data.annotations import Photo, find_data, read_annotations
 from data.batches import Row, batch_tokens, epoch_batches
 from data.features import Features, photo_features
@@ -282,22 +290,24 @@ class Trainer:
         self.write_log(**row)
         if not self.accelerator.is_main_process:
             return
-        print("  ".join(f"{key} {value:.4f}" if key.startswith("val") else f"{key} {value}" for key, value in row.items()))
+        print("  ".join(f"{key} {round(value, 4) if key.startswith('val') else value}" for key, value in row.items()))
         plot_losses(self.log.rows(), cfg.output / "loss.png")
         # without validation photos the last epoch is the best that is known
         if row.get("val_loss", -math.inf) < state["best"]:
             state["best"] = row.get("val_loss", math.inf)
             save_captioner(self.captioner, cfg.output / "best", torch_dtype(cfg.save_precision))
         state["logged"] = len(self.log.rows())
-        progress = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": torch.get_rng_state()}
-        save_captioner(self.captioner, cfg.output / "last", extra={"trainer.pt": state | progress})
+        progress = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        trainer = state | progress | {"rng": torch.get_rng_state()}
+        save_captioner(self.captioner, cfg.output / "last", extra={"trainer.pt": trainer})
 
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean loss over all supervised tokens of the validation captions."""
         total = torch.zeros((), device=self.accelerator.device)
         batches = epoch_batches(self.val.captions, self.cfg.batch_size, self.cfg.captions_per_row)
-        for batch in tqdm(batches[self.accelerator.process_index :: self.accelerator.num_processes], "validate", leave=False):
+        own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        for batch in tqdm(own, "validate", leave=False):
             total += self.loss(self.val, batch)
         return self.accelerator.reduce(total, "sum").item() / sum(map(batch_tokens, batches))
 

@@ -11,9 +11,10 @@ import io
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 from common import UserError, check
 from data.images import PHOTO_SUFFIXES

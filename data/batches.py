@@ -1,7 +1,7 @@
 """Which captions go together: rows of one photo's captions, batches of rows, an epoch's order."""
 
 import random
-from typing import Sequence
+from collections.abc import Sequence
 
 Caption = list[int]  # token ids
 Row = tuple[int, list[Caption]]  # (index of the photo, captions that share its prefix)

@@ -7,9 +7,9 @@
 import fcntl
 import hashlib
 import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -68,7 +68,9 @@ def photo_features(
         missing = list({key: photo for key, photo in zip(hashes, photos) if key not in known}.items())
         needed, free = row_bytes * len(missing), shutil.disk_usage(store).free
         if needed > free:
-            raise UserError(f"features: {store} needs {needed / 1e9:.1f} GB for {len(missing)} photos, {free / 1e9:.1f} GB free")
+            raise UserError(
+                f"features: {store} needs {needed / 1e9:.1f} GB for {len(missing)} photos, {free / 1e9:.1f} GB are free"
+            )
         with data.open("ab") as features, index.open("a") as keys:
             features.truncate(row_bytes * len(known))  # a killed run may have left features without their key
             for batch in tqdm(

@@ -5,13 +5,13 @@ puts "A photo depicts " before it.
 """
 
 import difflib
-import logging
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import UserError
+from models.hub import hub_or_cache, why
 
 if TYPE_CHECKING:
     import torch
@@ -50,18 +50,15 @@ def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", devi
     local = name.startswith("local-dir:") or (named and Path(pretrained).is_file())
     hub = True
     try:
-        with _offline_if_no_hub() as hub, _quiet():
+        with hub_or_cache() as hub:
             model, _, transform = open_clip.create_model_and_transforms(
                 name, pretrained=pretrained if named else None, device=device, precision="fp32", require_pretrained=True
             )
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, huggingface_hub, torch and safetensors each raise their own kinds
-        reason = " ".join(str(error).split())
         if local:
-            raise UserError(f"clip_model: {name} could not be loaded: {reason}") from error
-        if not hub:
-            reason = "the hub does not answer and no local cache has them; a folder can be given as local-dir:FOLDER"
-        raise ClipUnavailable(f"no weights for {label}: {reason}") from error
+            raise UserError(f"clip_model: {name} could not be loaded: {why(error, hub=True)}") from error
+        raise ClipUnavailable(f"no weights for {label}: {why(error, hub)}") from error
     return Clip(label, model.eval(), transform, tokenizer, torch.device(device))
 
 
@@ -83,34 +80,6 @@ def _check_names(name: str, pretrained: str) -> None:
     if tag and tag.get("quick_gelu", False) != quick:
         right = name.removesuffix("-quickgelu") if quick else name + "-quickgelu"
         raise UserError(f"clip_model: {pretrained!r} was trained with another activation than {name}; expected {right}")
-
-
-@contextmanager
-def _offline_if_no_hub(seconds: float = 5.0) -> Iterator[bool]:
-    """Give True where the hub answers; else look in local caches alone, for huggingface_hub would retry for 20 s."""
-    from huggingface_hub import constants, get_session
-
-    before = constants.HF_HUB_OFFLINE
-    if not before:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=seconds)
-        except Exception:  # the kinds of its errors differ between its releases; all of them mean no answer
-            constants.HF_HUB_OFFLINE = True
-    try:
-        yield not constants.HF_HUB_OFFLINE
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep open_clip's log lines back: what went wrong is raised, and then said once."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def tokenize(clip: Clip, captions: Sequence[str]) -> tuple["torch.Tensor", list[bool]]:

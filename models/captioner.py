@@ -5,8 +5,8 @@ prefix in one row, each with its own positions and a mask that hides its neighbo
 those of one row a pair (the same packing as in sequence packing for language models, arXiv 2107.02027).
 """
 
-from dataclasses import dataclass, field
-from typing import Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ class Captioner(nn.Module):
         return self.projector(features).to(causal_lm(self.decoder).dtype)
 
     def forward(self, features: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """(B, P, D_image) features and B packed rows -> sum of the supervised tokens' losses, number of those tokens."""
+        """(B, P, D_image) features and B packed rows -> sum of the supervised losses, their number."""
         lm = causal_lm(self.decoder)
         image = self.prefix(features)
         tokens = image.shape[1]

@@ -111,10 +111,10 @@ def check_checkpoint(folder: Path) -> CaptionerConfig:
         expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
         with safe_open(folder / file, framework="pt") as stored:
             found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
-        wrong = [f"{name} {found.get(name, 'missing')} instead of {expected.get(name, 'nothing')}"
-                 for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]  # fmt: skip
+        wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
         if wrong:
-            raise UserError(f"{folder / file}: of another model than {CONFIG} names: {len(wrong)} tensors, first {wrong[0]}")
+            first = f"{wrong[0]} {expected.get(wrong[0], 'absent')}, got {found.get(wrong[0], 'none')}"
+            raise UserError(f"{folder / file}: of another model than {CONFIG}: {len(wrong)} tensors, expected {first}")
     return config
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from common import UserError
 from models import packaged
+from models.hub import hub_or_cache, why
 
 COURSE_FILES = ("decoder_model.bin", "encoder.json", "vocab.bpe")
 
@@ -64,18 +65,19 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
     if where.startswith(packaged.PREFIX):
         file = packaged.decoder_file(where)
         where, options = str(file.parent), {"gguf_file": file.name}
+    hub = True
     try:
         if not load_weights:
             # "gpt2" must not need the hub: the library's default configuration is GPT-2 small
             shape = GPT2Config() if where == "gpt2" else AutoConfig.from_pretrained(where, **options)
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(shape), None
-        lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        with hub_or_cache() as hub:
+            lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # hub clients raise all sorts; the user needs one line
-        raise UserError(
-            f"decoder.model: could not load {config.model}: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+        reason = why(error, hub or Path(where).exists())
+        raise UserError(f"decoder.model: could not load {config.model}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"decoder.model: the tokenizer of {config.model} has no end-of-text token")
     _check_head(lm)

@@ -4,7 +4,6 @@ timm and open_clip build the networks; this file gives both one form: (B, 3, H, 
 """
 
 import hashlib
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from common import UserError
 from models import packaged
+from models.hub import hub_or_cache, quiet, why
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class FrozenEncoder(nn.Module):
         return self.net.forward_intermediates(pixels, indices=layer, intermediates_only=True)[0], None
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, P = tokens, D = width): [class token and registers, if kept] then the patches, row by row."""
+        """(B, 3, H, W) -> (B, P, D): class token and registers where kept, then the patches row by row."""
         patches, prefix = self.maps(pixels)
         tokens = patches.flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, rows * columns, D)
         if prefix is None or not self.config.class_token:
@@ -145,21 +145,22 @@ class FrozenEncoder(nn.Module):
 
 
 def build_encoder(config: EncoderConfig, load_weights: bool = True) -> FrozenEncoder:
-    """Build the encoder of `config`; without `load_weights` on the meta device: shapes alone, no file, no network.
+    """Build the encoder of `config`; without `load_weights` on the meta device: shapes alone, no network.
 
     Raises UserError where the architecture, the layer or the weights are not to be had.
     """
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip logs "no pretrained weights" through the root logger
     device = "cpu" if load_weights else "meta"
     build = _open_clip_tower if config.library == "open_clip" else _timm_net
+    hub = True
     try:
-        return FrozenEncoder(*build(config, device, load_weights), config)
+        with hub_or_cache() if load_weights else quiet() as hub:
+            return FrozenEncoder(*build(config, device, load_weights), config)
     except UserError:
         raise
     except Exception as error:  # the libraries and their hub clients raise all sorts; the user needs one line
         raise UserError(
-            f"encoder: {config.library} could not give {config.model} with weights {config.weights} and layer "
-            f"{config.layer}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"encoder: {config.library} gives no {config.model} with weights {config.weights} and layer "
+            f"{config.layer}: {why(error, hub or Path(config.weights).exists())}"
         ) from error
 
 
