@@ -11,7 +11,7 @@ metrics.jsonl, loss.png, best/ (lowest validation loss) and last/ (where `--resu
 
 import json
 import math
-import sys
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -29,7 +29,6 @@ from tqdm import tqdm
 from common import (
     MetricsLog,
     Precision,
-    UserError,
     check,
     pick_device,
     run,
@@ -37,11 +36,10 @@ from common import (
     torch_dtype,
     written_whole,
 )
-from data.annotations import Photo, find_data, read_annotations
 from data.batches import Row, batch_tokens, epoch_batches
-from data.features import Features, photo_features
+from data.splits import Split, prepare_split, read_splits
 from models.captioner import Captioner, CaptionerConfig, build_captioner, pack_rows
-from models.checkpoint import load_trained, save_captioner
+from models.checkpoint import load_trained, restore_folder, save_captioner
 from models.decoder import DecoderConfig, LoraConfig, causal_lm, check_decoder, fuse_lora
 from models.encoder import EncoderConfig, check_encoder
 from models.projector import ProjectorConfig
@@ -115,15 +113,6 @@ class Config:
     """Only the first so many validation photos."""
 
 
-@dataclass
-class Split:
-    """Photos of one split with their features and tokenised captions, in one order."""
-
-    photos: list[Photo]
-    features: Features
-    captions: list[list[list[int]]]
-
-
 # ------------------------------------------------------------------------------------------- before training
 
 
@@ -132,6 +121,8 @@ def check_settings(cfg: Config) -> None:
     problems = check_encoder(cfg.encoder) + check_decoder(cfg.decoder)
     for name in STAGES:
         problems += check_stage(name, getattr(cfg, name))
+    if not any(getattr(cfg, name).epochs for name in STAGES):
+        problems.append("finetune.epochs: expected at least one stage that trains, got 0 epochs in all")
     if cfg.batch_size % cfg.captions_per_row:
         problems.append(
             f"batch_size: expected a multiple of captions_per_row {cfg.captions_per_row}, got {cfg.batch_size}"
@@ -161,37 +152,9 @@ def resumed_state(cfg: Config) -> dict | None:
         return None
     before, now = yaml.safe_load(file.read_text(encoding="utf-8")), settings_of(cfg)
     check([f"resume: {key} was {before.get(key)}, is {now[key]}" for key in now if now[key] != before.get(key)])
+    restore_folder(cfg.output / "last")
     state = cfg.output / "last" / "trainer.pt"
     return torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
-
-
-def read_splits(cfg: Config) -> tuple[list[Photo], list[Photo]]:
-    """Training and validation photos with their captions; validation may be empty. Raises UserError."""
-    if cfg.data:
-        train, val = find_data(cfg.data, "train"), find_data(cfg.data, "val")
-    else:
-        train, val = (cfg.annotations, cfg.images), (cfg.val_annotations, cfg.val_images or cfg.images)
-    one_file = train[0] == val[0]  # Karpathy's form and Flickr8k's: the splits are named inside
-    splits = []
-    for (annotations, images), name, limit in ((train, "train", cfg.limit), (val, "val", cfg.val_limit)):
-        photos = read_annotations(annotations, images, name if one_file else None, limit) if annotations else []
-        if any(photo.path is None for photo in photos):
-            raise UserError(f"images: expected the folder of the photos of {annotations}, none given")
-        splits.append(photos)
-    return tuple(splits)
-
-
-def prepare(captioner: Captioner, photos: list[Photo], cfg: Config, device: torch.device) -> Split:
-    """Encode (or find in the cache) and tokenise one split. Raises UserError for photos that cannot be decoded."""
-    features, good, bad = photo_features(captioner.encoder, photos, cfg.features, device)
-    if bad and not cfg.skip_bad_photos:
-        check([f"photo {error}" for error in bad] + ["skip_bad_photos: goes on without them"])
-    for error in bad:
-        print(f"skipped photo {error}", file=sys.stderr)
-    photos = [photos[i] for i in good]
-    captions = [caption for photo in photos for caption in photo.captions]
-    ids = iter(captioner.tokenizer(captions, add_special_tokens=False).input_ids)
-    return Split(photos, features, [[next(ids) for _ in photo.captions] for photo in photos])
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -230,6 +193,7 @@ class Trainer:
     def stage(self, name: str) -> None:
         """Train one stage epoch by epoch from where `state` says."""
         cfg, stage, accelerator = self.cfg, getattr(self.cfg, name), self.accelerator
+        self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # of the stage before
         trainable = set_trainable(self.captioner, name, stage.lr)
         batches = epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row)
         epoch_steps = sum(1 for _ in self.optimizer_steps(batches))
@@ -344,13 +308,19 @@ def main(cfg: Config) -> None:
             set_trainable(captioner, name, getattr(cfg, name).lr)
         return
     device, state = pick_device(cfg.device), resumed_state(cfg)
-    train_photos, val_photos = read_splits(cfg)
+    val_source = cfg.val_annotations, cfg.val_images or cfg.images
+    train_photos, val_photos = read_splits(
+        cfg.data, (cfg.annotations, cfg.images), val_source, cfg.limit, cfg.val_limit
+    )
 
     seed_everything(cfg.seed)
     captioner = build_captioner(model)
     captioner.encoder.to(device)
-    train = prepare(captioner, train_photos, cfg, device)
-    val = prepare(captioner, val_photos, cfg, device) if val_photos else None
+    train, val = (
+        prepare_split(captioner.encoder, captioner.tokenizer, photos, cfg.features, device, cfg.skip_bad_photos)
+        if photos else None
+        for photos in (train_photos, val_photos)
+    )
     if state:
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
@@ -360,6 +330,9 @@ def main(cfg: Config) -> None:
     # the backward of sdpa under a mask is several times slower than attention written out, on a CPU
     causal_lm(captioner.decoder).set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
 
+    if not state:
+        for name in ("best", "last"):
+            shutil.rmtree(cfg.output / name, ignore_errors=True)
     with written_whole(cfg.output / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")
     Trainer(cfg, captioner, train, val, state).run()
