@@ -127,21 +127,27 @@ def _one_line(message: str, fields: dict[str, Any], args: Sequence[str]) -> str:
             return f"{key}: {detail}"
         what = next((arg.partition("=")[2] for arg in reversed(args) if arg.startswith(f"--{key}=")), None)
         if what is None:  # it stands in the file of --config
-            given = re.search(r"Got value: (.*)$|: (\S+) does not conform|to float: (.*)$|base 10: (.*)$", detail)
+            given = re.search(r"Given value: (.*)$", detail) or re.search(
+                r"Got value: (.*)$|: (\S+) (?:does not conform|not an)|(?:to float|base 10): (.*)$|, not '?(\w+)'?$",
+                detail,
+            )
             what = next((group for group in given.groups() if group is not None), "") if given else detail
         return f"{key}: expected {_expected(fields[key])}, got {what.strip(chr(39))!r}"
     unknown = re.search(r"(?:Option|option) '([^']+)'|unrecognized arguments: (\S+)", message)
     if unknown:
         group = re.search(r"Group '([^']+)'", message)
         key = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2]).removeprefix("--").partition("=")[0]
-        near = difflib.get_close_matches(key, fields, n=1)
-        return f"{key}: unknown setting" + (f"; did you mean {near[0]}?" if near else "; --help lists them all")
+        near = [name for name in fields if name.endswith(f".{key}")] or difflib.get_close_matches(key, fields, n=1)
+        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them all"
+        return f"{key}: unknown setting; {hint}"
     if match := re.search(r"following arguments are required: (.*)", message):
         return f"{match[1]}: required, not given"
-    if match := re.search(r"argument --([\w.]+): expected", message):
+    if match := re.search(r"argument --([\w.]+)(?:/\S+)?: expected", message):
         return f"{match[1]}: expected a value, none given"
     if "must be a mapping" in message:
         return "config: a group of settings must be a mapping of keys to values"
+    if match := re.match(r"(?:Unexpected|Problems parsing) config:(.*)", message, re.DOTALL):
+        return f"config: expected YAML lines of `key: value`, got {' '.join(match[1].split()) or 'none'}"
     return " ".join(message.split())
 
 

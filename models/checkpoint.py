@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,14 +56,26 @@ def save_captioner(
     replace_folder(part, folder)
 
 
+def _old(folder: Path) -> Path:
+    """Where `folder` stands while a new one takes its place; a killed run may leave it there."""
+    return folder.with_name(f".{folder.name}.old")
+
+
 def replace_folder(part: Path, folder: Path) -> None:
     """Move `part` to where `folder` is, keeping the old one until the new one is in place."""
-    old = folder.with_name(f".{folder.name}.old")
+    old = _old(folder)
+    restore_folder(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
     os.rename(part, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Undo a `replace_folder` that was killed after it had moved the old folder away."""
+    if _old(folder).exists() and not folder.exists():
+        os.rename(_old(folder), folder)
 
 
 def _lora_state(decoder) -> dict[str, Tensor]:
@@ -76,7 +88,7 @@ def _lora_state(decoder) -> dict[str, Tensor]:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder meant by `path`: itself, or `best/` in a run folder, or `last/` where there is no best."""
-    for folder in (path, path / "best", path / "last"):
+    for folder in (path, path / "best", _old(path / "best"), path / "last", _old(path / "last")):
         if (folder / CONFIG).is_file():
             return folder
     raise UserError(f"checkpoint: {path}: expected a run folder or a checkpoint folder, found no {CONFIG} in it")
@@ -109,8 +121,11 @@ def check_checkpoint(folder: Path) -> CaptionerConfig:
     empty = build_captioner(config, load_weights=False)
     for file, state in ((PROJECTOR, empty.projector.state_dict()), (LORA_WEIGHTS, _lora_state(empty.decoder))):
         expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        with safe_open(folder / file, framework="pt") as stored:
-            found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
+        try:
+            with safe_open(folder / file, framework="pt") as stored:
+                found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
+        except SafetensorError as error:
+            raise UserError(f"{folder / file}: expected a safetensors file: {error}") from None
         wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
         if wrong:
             first = f"{wrong[0]} {expected.get(wrong[0], 'absent')}, got {found.get(wrong[0], 'none')}"

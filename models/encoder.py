@@ -151,16 +151,18 @@ def build_encoder(config: EncoderConfig, load_weights: bool = True) -> FrozenEnc
     """
     device = "cpu" if load_weights else "meta"
     build = _open_clip_tower if config.library == "open_clip" else _timm_net
+    local = config.weights == "random" or config.weights.startswith(packaged.PREFIX) or Path(config.weights).exists()
+    at_hub = load_weights and not local
     hub = True
     try:
-        with hub_or_cache() if load_weights else quiet() as hub:
+        with hub_or_cache() if at_hub else quiet() as hub:
             return FrozenEncoder(*build(config, device, load_weights), config)
     except UserError:
         raise
     except Exception as error:  # the libraries and their hub clients raise all sorts; the user needs one line
         raise UserError(
             f"encoder: {config.library} gives no {config.model} with weights {config.weights} and layer "
-            f"{config.layer}: {why(error, hub or Path(config.weights).exists())}"
+            f"{config.layer}: {why(error, hub or not at_hub)}"
         ) from error
 
 

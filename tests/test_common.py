@@ -1,0 +1,209 @@
+"""The command line: what it reads, and the one line with which it answers each kind of mistake."""
+
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+from common import MetricsLog, UserError, check, check_output, field_types, parse_config, pick_device, written_whole
+
+
+@dataclass(frozen=True)
+class Part:
+    rank: PositiveInt = 4
+    kind: Literal["one", "two"] = "one"
+
+
+@dataclass(frozen=True)
+class Config:
+    output: str
+    """Where to write."""
+    names: list[str] = field(default_factory=list)
+    layers: list[int] | None = None
+    count: PositiveInt = 1
+    limit: PositiveInt | None = None
+    rate: PositiveFloat = 0.5
+    overwrite: bool = False
+    folder: Path = Path("here")
+    part: Part = Part()
+
+
+def parse(*args: str, **options) -> Config:
+    return parse_config(Config, ["--output", "out", *args], **options)
+
+
+def test_defaults_and_types():
+    assert parse() == Config("out")
+    assert field_types(Config)["part.rank"] is PositiveInt
+    assert isinstance(parse().part, Part) and isinstance(parse().folder, Path)
+
+
+@pytest.mark.parametrize("args, name, value", [
+    (["--names", "a b", "c"], "names", ["a b", "c"]),
+    (["--names", "a"], "names", ["a"]),
+    (["--names=a"], "names", ["a"]),
+    (["--names", "7", "true", "null"], "names", ["7", "true", "null"]),
+    (["--layers", "1", "-2"], "layers", [1, -2]),
+    (["--names", '["a", "b"]'], "names", ["a", "b"]),
+    (["--overwrite"], "overwrite", True),
+    (["--overwrite", "--count", "2"], "overwrite", True),
+    (["--overwrite", "false"], "overwrite", False),
+    (["--limit", "3"], "limit", 3),
+    (["--limit", "null"], "limit", None),
+    (["--rate", "3e-4"], "rate", 3e-4),
+    (["--folder", "a/b"], "folder", Path("a/b")),
+    (["--part.rank", "8"], "part", Part(8)),
+    (["--part.kind=two", "--part.rank=3"], "part", Part(3, "two")),
+])  # fmt: skip
+def test_flags(args, name, value):
+    assert getattr(parse(*args), name) == value
+
+
+def test_aliases():
+    assert parse("--how_many", "3", "--n", "a", "b", aliases={"how_many": "count", "n": "names"}).names == ["a", "b"]
+    assert parse("--how_many=3", aliases={"how_many": "count"}).count == 3
+
+
+def test_file_of_settings_and_flags_after_it(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("count: 5\nrate: 3e-4\nnames: [a, b]\npart: {rank: 8}\n")
+    cfg = parse("--config", str(file), "--part.kind", "two", "--count", "6")
+    assert (cfg.count, cfg.rate, cfg.names, cfg.part) == (6, 3e-4, ["a", "b"], Part(8, "two"))
+
+
+MISTAKES = [
+    (["--cout", "3"], "cout: unknown setting; did you mean count?"),
+    (["--part.rnk", "3"], "part.rnk: unknown setting; did you mean part.rank?"),
+    (["--rank", "3"], "rank: unknown setting; did you mean part.rank?"),
+    (["--coun", "3"], "coun: unknown setting; did you mean count?"),  # no abbreviations
+    (["--count", "0"], "count: expected PositiveInt, got '0'"),
+    (["--count", "many"], "count: expected PositiveInt, got 'many'"),
+    (["--limit", "-1"], "limit: expected PositiveInt or null, got '-1'"),
+    (["--rate", "x"], "rate: expected PositiveFloat, got 'x'"),
+    (["--overwrite", "maybe"], "overwrite: expected bool, got 'maybe'"),
+    (["--part.kind", "three"], "part.kind: expected one of one, two, got 'three'"),
+    (["--part.rank", "1.5"], "part.rank: expected PositiveInt, got '1.5'"),
+    (["--count"], "count: expected a value, none given"),
+    (["--layers"], "layers: expected a value, none given"),
+    (["--layers", "1", "b"], 'layers: expected list[int] or null, got \'["1", "b"]\''),
+    (["stray"], "stray: unknown setting; --help lists them all"),
+]
+
+
+@pytest.mark.parametrize("args, message", MISTAKES)
+def test_mistakes(args, message):
+    with pytest.raises(UserError) as error:
+        parse(*args)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("text, message", [
+    ("cout: 3", "cout: unknown setting; did you mean count?"),
+    ("part: {rnk: 3}", "part.rnk: unknown setting; did you mean part.rank?"),
+    ("count: 0", "count: expected PositiveInt, got '0'"),
+    ("count: 1.5", "count: expected PositiveInt, got '1.5'"),
+    ("limit: x", "limit: expected PositiveInt or null, got 'x'"),
+    ("limit: -1", "limit: expected PositiveInt or null, got '-1'"),
+    ("layers: [a]", "layers: expected list[int] or null, got \"['a']\""),
+    ("names: 3", "names: expected list[str], got '3'"),
+    ("part: {kind: three}", "part.kind: expected one of one, two, got 'three'"),
+    ("part: {rank: [1]}", "part.rank: expected PositiveInt, got 'list'"),
+    ("part: 3", "config: a group of settings must be a mapping of keys to values"),
+    ("- a", "config: expected YAML lines of `key: value`, got - a"),
+    ("", "config: expected YAML lines of `key: value`, got none"),
+])  # fmt: skip
+def test_mistakes_in_a_file(tmp_path, text, message):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse("--config", str(file))
+    assert str(error.value) == message
+
+
+def test_files_that_are_no_settings(tmp_path):
+    with pytest.raises(UserError, match="^config: File does not exist: .*settings.yaml"):
+        parse("--config", str(tmp_path / "settings.yaml"))
+    (tmp_path / "settings.yaml").write_text("count: [1")
+    with pytest.raises(UserError, match="^config: expected YAML lines of `key: value`, got .*line 1"):
+        parse("--config", str(tmp_path / "settings.yaml"))
+
+
+def test_required():
+    with pytest.raises(UserError, match="^output: required, not given$"):
+        parse_config(Config, [])
+
+
+SCRIPT = """
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
+from dataclasses import dataclass
+from common import NothingDone, UserError, run
+@dataclass(frozen=True)
+class Config:
+    how: str = "well"
+def main(cfg):
+    if cfg.how == "mistake": raise UserError("how: expected\\nsomething else")
+    if cfg.how == "nothing": raise NothingDone("none of 3 photos could be decoded")
+    if cfg.how == "fault": raise ZeroDivisionError
+    if cfg.how == "int": os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
+    if cfg.how == "term": os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)
+run(main, Config)
+"""
+
+
+def test_exit_codes_and_single_lines(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    started = {
+        args: subprocess.Popen([sys.executable, tmp_path / "script.py", *args], stderr=subprocess.PIPE, text=True,
+                               env={"PYTHONPATH": ".", "PATH": ""})
+        for args in ((), *(("--how", how) for how in ("mistake", "nothing", "fault", "int", "term")), ("--who", "x"))
+    }  # fmt: skip
+    done = {args: (process.communicate()[1], process.returncode) for args, process in started.items()}
+    assert done[()] == ("", 0)
+    assert done["--how", "mistake"] == ("script.py: error: how: expected something else\n", 2)
+    assert done["--how", "nothing"] == ("script.py: none of 3 photos could be decoded\n", 3)
+    assert done["--how", "int"] == ("", 130)
+    assert done["--how", "term"] == ("", 128 + signal.SIGTERM)
+    assert done["--who", "x"] == ("script.py: error: who: unknown setting; did you mean how?\n", 2)
+    assert "Traceback" in done["--how", "fault"][0] and done["--how", "fault"][1] == 1  # our faults are not hidden
+
+
+def test_check_collects_problems():
+    check([])
+    with pytest.raises(UserError, match="^a; b; and 2 more$"):
+        check(["a", "b", "c", "d"], shown=2)
+
+
+def test_written_whole_leaves_the_old_file_on_failure(tmp_path):
+    file = tmp_path / "new" / "file.txt"
+    with written_whole(file) as part:
+        part.write_text("first")
+    with pytest.raises(ZeroDivisionError), written_whole(file) as part:
+        part.write_text("second")
+        raise ZeroDivisionError
+    assert file.read_text() == "first" and list(file.parent.iterdir()) == [file]
+    with pytest.raises(UserError, match="output: .*file.txt exists"):
+        check_output(file, overwrite=False)
+    check_output(file, overwrite=True)
+
+
+def test_metrics_log(tmp_path):
+    log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
+    assert log.rows() == []
+    for step in range(3):
+        log.append(step=step, loss=0.5)
+    log.keep(2)
+    log.append(step=7, loss=0.25)
+    assert [row["step"] for row in log.rows()] == [0, 1, 7]
+
+
+def test_device_that_is_not_there():
+    assert pick_device("cpu").type == "cpu"
+    for name in ("no_such_device", "cuda:99"):
+        with pytest.raises(UserError, match=f"device: '{name}' is not available"):
+            pick_device(name)

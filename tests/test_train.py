@@ -1,0 +1,358 @@
+"""Training and captioning by the scripts themselves, on tiny models: what trains, what stops, what is refused."""
+
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+import shutil
+import socket
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import common
+import p2_inference
+import p2_train
+from common import MetricsLog, UserError, parse_config
+from data.annotations import find_photos, read_annotations
+from data.batches import batch_tokens, epoch_batches
+from data.features import photo_features
+from data.images import open_photo
+from data.splits import prepare_split
+from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner
+from models.decoder import LoraConfig
+from models.encoder import build_encoder
+from models.training import Stage
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its precision for the life of a process; each test is a process of its own in this."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def feature_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture
+def config(data_root, captioner_config, feature_cache, tmp_path):
+    """`config(...)`: one epoch of align and two of finetune on the tiny data and models, four steps an epoch."""
+
+    def make(**changes) -> p2_train.Config:
+        model = captioner_config()
+        base = p2_train.Config(
+            data=data_root, output=tmp_path / "run", features=feature_cache, device="cpu", batch_size=6,
+            encoder=model.encoder, decoder=model.decoder, lora=model.lora, align=Stage(epochs=1, lr=1e-2),
+            finetune=Stage(epochs=2, lr=3e-3, schedule="warm_restarts", min_lr=1e-4),
+        )  # fmt: skip
+        return dataclasses.replace(base, **changes)
+
+    return make
+
+
+def learnt(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / PROJECTOR) | load_file(folder / LORA_WEIGHTS)
+
+
+def same(ours: dict, theirs: dict) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [{key: row[key] for key in row if key != "seconds"} for row in MetricsLog(folder / "metrics.jsonl").rows()]
+
+
+# ------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("rank, count", [(32, "7,138,592"), (16, "3,962,896"), (8, "2,375,048")])
+def test_published_parameter_counts(rank, count, tmp_path, monkeypatch, capsys):
+    cfg = parse_config(p2_train.Config, ["--config", f"configs/p2_lora_r{rank}.yaml", "--dry_run"])
+    assert cfg == dataclasses.replace(p2_train.Config(), lora=LoraConfig(rank, 64, 0), dry_run=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a dry run asked the network"))
+    p2_train.main(cfg)
+    align, finetune = re.findall(r"^  all +[\d,]+ +([\d,]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert (align, finetune) == (f"{1024 * 768 + 768:,}", count)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_configs_and_the_commands_on_their_first_lines(file):
+    python, script, *args = shlex.split(file.read_text().splitlines()[0].removeprefix("# "))
+    assert python == "python" and args[:2] == ["--config", str(file)]
+    parse_config(importlib.import_module(script.removesuffix(".py")).Config, args)
+
+
+def run_script(module, monkeypatch, *args) -> int:
+    """The exit code of a script run on `args`."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest's own handlers stay
+    try:
+        common.run(module.main, module.Config)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+TRAIN_MISTAKES = [
+    ("--lr 1e-3", r"lr: unknown setting; did you mean align.lr or finetune.lr\?"),
+    ("--finetune.lr fast", "finetune.lr: expected PositiveFloat, got 'fast'"),
+    ("--batch_size 10 --captions_per_row 4", "batch_size: expected a multiple of captions_per_row 4, got 10"),
+    ("--data NOWHERE", "train.json: no such file"),
+    ("--data SPOILT", "images/train: 1 photos? of .*train.json not there: train3.png"),
+    ("--data DATA --annotations a.json", "data: expected either data, or annotations and images, got both"),
+    ("", "data: required, not given"),
+    ("--data DATA --output OUT", "output: .*out exists; --resume goes on with it, --overwrite replaces it"),
+    ("--data DATA --align.weight_decay 0.1 --finetune.warmup 0.1",
+     "align.weight_decay: expected 0 with optimizer adam, got 0.1; finetune.warmup: expected 0 with warm_restarts"),
+    ("--data DATA --decoder.model ./no/gpt2", "decoder.model: no/gpt2: no such model folder"),
+    ("--data DATA --encoder.weights ./no/clip", "encoder.weights: ./no/clip: no such file or folder"),
+    ("--data DATA --device no_such_device", "device: 'no_such_device' is not available"),
+    ("--data DATA --encoder.weights pip:none", "encoder.weights: pip:none: expected pip: and one of"),
+    ("--data DATA --align.epochs 0 --finetune.epochs 0", "epochs: expected at least one stage that trains"),
+]  # fmt: skip
+INFERENCE_MISTAKES = [
+    ("--checkpoint NOWHERE --images PHOTOS", "checkpoint: .*nowhere: expected a run folder or a checkpoint folder"),
+    ("--checkpoint RUN --images NOWHERE", "nowhere"),
+    ("--checkpoint RUN --images EMPTY", "empty: no photos there"),
+    ("--checkpoint RUN --images PHOTOS --output OUT", "output: .*out exists"),
+    ("--checkpoint RUN --images PHOTOS --decoding.num_beams 2 --decoding.do_sample", "decoding.num_beams: expected 1"),
+    ("--images PHOTOS", "checkpoint: required, not given"),
+]
+
+
+@pytest.mark.parametrize("module, args, message", [(p2_train, *mistake) for mistake in TRAIN_MISTAKES]
+                         + [(p2_inference, *mistake) for mistake in INFERENCE_MISTAKES])  # fmt: skip
+def test_mistakes_end_in_one_line_before_a_model_loads(
+    module, args, message, config, data_root, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(data_root, tmp_path / "spoilt")
+    (tmp_path / "spoilt/images/train/train3.png").unlink()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/captioner.json").write_text("{}")
+    places = {"DATA": data_root, "PHOTOS": data_root / "images/val", "RUN": tmp_path / "checkpoint"}
+    places |= {name.upper(): tmp_path / name for name in ("spoilt", "nowhere", "empty", "out")}
+    words = [str(places.get(word, word)) for word in args.split()]
+    model = config()
+    if module is p2_train:  # what follows overrides
+        words = ["--encoder.weights", model.encoder.weights, "--decoder.model", model.decoder.model, *words]
+    if "--output" not in words:
+        words += ["--output", str(tmp_path / "new")]
+    for loader in ("load_captioner", "build_captioner"):
+        monkeypatch.setattr(module, loader, lambda *_, **__: pytest.fail("a model was loaded first"), raising=False)
+    assert run_script(module, monkeypatch, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"{module.__name__}\.py: error: .*{message}", line)
+    assert not (tmp_path / "new").exists()
+
+
+# ------------------------------------------------------------------------------------------- batches and features
+
+
+@pytest.mark.parametrize("per_row, bucket", [(1, False), (2, False), (3, True), (5, True)])
+def test_an_epoch_visits_every_pair_once(per_row, bucket):
+    captions = [[[photo, i] * (1 + (photo + i) % 7) for i in range(1 + photo % 5)] for photo in range(57)]
+    pairs = Counter((photo, tuple(caption)) for photo, own in enumerate(captions) for caption in own)
+    orders = set()
+    for seed in (None, 0, 1):
+        batches = epoch_batches(captions, 2 * per_row, per_row, seed, bucket)
+        assert Counter((photo, tuple(caption)) for batch in batches for photo, own in batch for caption in own) == pairs
+        assert len(batches) == len(epoch_batches(captions, 2 * per_row, per_row))
+        assert all(len(batch) <= 2 and len(own) <= per_row for batch in batches for _, own in batch)
+        assert sum(map(batch_tokens, batches)) == sum(len(caption) + 1 for own in captions for caption in own)
+        assert batches == epoch_batches(captions, 2 * per_row, per_row, seed, bucket)
+        orders.add(str(batches))
+    assert len(orders) == 3
+
+
+def test_features_are_encoded_once_and_survive_a_kill(captioner_config, data_root, tmp_path, monkeypatch):
+    encoder, cpu = build_encoder(captioner_config().encoder), torch.device("cpu")
+    photos = find_photos(data_root / "images" / "train")
+    first, good, bad = photo_features(encoder, photos[:5], tmp_path, cpu, batch_size=2)
+    assert (len(first), good, bad) == (5, [0, 1, 2, 3, 4], [])
+    (store,) = tmp_path.iterdir()
+    with (store / "features.f16").open("ab") as file:
+        file.write(b"half a row")  # killed before its key was written
+    every, *_ = photo_features(encoder, photos[::-1], tmp_path, cpu, batch_size=2)
+    (store / "extra").write_text("")  # the folder is not made anew
+    monkeypatch.setattr(type(encoder), "forward", lambda *_: pytest.fail("encoded twice"))
+    again, *_ = photo_features(encoder, photos, tmp_path, cpu)
+    monkeypatch.undo()
+    pixels = torch.stack([encoder.transform(open_photo(photo.path)) for photo in photos])
+    expected = encoder(pixels).half()
+    torch.testing.assert_close(again[range(8)], expected, atol=2e-3, rtol=2e-3)
+    assert torch.equal(every[range(7, -1, -1)], again[range(8)]) and torch.equal(first[[4, 1]], again[[4, 1]])
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_a_stage_changes_its_parts_alone(config, stage, monkeypatch):
+    """Bitwise, over every parameter and buffer."""
+    build, kept = p2_train.build_captioner, {}
+
+    def state(captioner) -> dict[str, torch.Tensor]:
+        tensors = [*captioner.named_parameters(), *captioner.named_buffers()]
+        return {name: tensor.detach().clone() for name, tensor in tensors}
+
+    def building(*args):
+        kept["captioner"] = build(*args)
+        kept["before"] = state(kept["captioner"])
+        return kept["captioner"]
+
+    monkeypatch.setattr(p2_train, "build_captioner", building)
+    other = "finetune" if stage == "align" else "align"
+    p2_train.main(config(**{other: Stage(epochs=0), stage: Stage(epochs=1, lr=1e-2)}))
+    before, after = kept["before"], state(kept["captioner"])
+    assert before.keys() == after.keys() and len(before) > 60
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = ("projector.",) if stage == "align" else ("projector.", "lora_")
+    assert changed == {name for name in before if any(part in name for part in parts)}
+
+
+def test_accumulated_batches_equal_one_batch(config, tmp_path):
+    for name, settings in {"one": {"batch_size": 12}, "two": {"batch_size": 6, "gradient_accumulation": 2}}.items():
+        p2_train.main(config(output=tmp_path / name, **settings))
+    one, two = learnt(tmp_path / "one" / "last"), learnt(tmp_path / "two" / "last")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0)
+    for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert ours.pop("stage") == theirs.pop("stage") and ours == pytest.approx(theirs, rel=1e-4)
+
+
+def stop_at(monkeypatch, call: int) -> None:
+    """Stop the next run as Ctrl-C would, at this batch (four of training and two of validation an epoch)."""
+    loss, calls = p2_train.Trainer.loss, Counter()
+
+    def counted(*args):
+        calls["loss"] += 1
+        if calls["loss"] == call:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(p2_train.Trainer, "loss", counted)
+
+
+@pytest.mark.parametrize("dropout, stops", [(0.0, [3, 7, 18]), (0.1, [10, 13])])
+def test_a_stopped_run_goes_on_as_if_unbroken(config, tmp_path, dropout, stops, monkeypatch):
+    lora = LoraConfig(rank=4, alpha=8, dropout=dropout)
+    p2_train.main(config(output=tmp_path / "whole", lora=lora))
+    monkeypatch.setattr(p2_train, "plot_losses", lambda *_: None)  # slow, and seen above
+    for stop in stops:
+        cfg = config(output=tmp_path / f"stopped{stop}", lora=lora)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at(patch, stop)
+            p2_train.main(cfg)
+        p2_train.main(dataclasses.replace(cfg, resume=True))
+        for folder in ("last", "best"):
+            assert same(learnt(cfg.output / folder), learnt(tmp_path / "whole" / folder))
+        assert rows(cfg.output) == rows(tmp_path / "whole")
+    p2_train.main(dataclasses.replace(cfg, resume=True))  # nothing is left to do
+    assert rows(cfg.output) == rows(tmp_path / "whole")
+
+
+def test_a_run_learns_and_keeps_its_best(config, tmp_path):
+    cfg = config(align=Stage(epochs=2, lr=1e-2), finetune=Stage(epochs=1, lr=3.0))
+    p2_train.main(cfg)
+    first, second, last = [row["val_loss"] for row in rows(cfg.output) if "val_loss" in row]
+    assert second < first < last  # a finetune of such a rate does harm
+    best, end = learnt(cfg.output / "best"), learnt(cfg.output / "last")
+    assert all((tensor == 0).all() for name, tensor in best.items() if "lora_B" in name)
+    assert not any((tensor == 0).all() for name, tensor in end.items() if "lora_B" in name)
+    captioner = load_captioner(cfg.output)
+    photos = read_annotations(cfg.data / "val.json", cfg.data / "images/val")
+    split = prepare_split(captioner.encoder, captioner.tokenizer, photos, cfg.features, torch.device("cpu"))
+    trainer = p2_train.Trainer(dataclasses.replace(cfg, output=tmp_path / "other"), captioner, split, split, None)
+    assert trainer.validation_loss() == pytest.approx(second, rel=1e-5)
+    assert (cfg.output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((cfg.output / "config.yaml").read_text())["align"]["lr"] == 1e-2
+
+
+def test_resume_refuses_changed_settings_and_overwrite_starts_anew(config, monkeypatch):
+    cfg = config(finetune=Stage(epochs=0))
+    p2_train.main(cfg)
+    with pytest.raises(UserError, match=r"^resume: batch_size was 6, is 4; resume: seed was 0, is 1$"):
+        p2_train.main(dataclasses.replace(cfg, resume=True, seed=1, batch_size=4))
+    with pytest.raises(UserError, match="resume: align was .*'lr': 0.01.*, is .*'lr': 0.02"):
+        p2_train.main(dataclasses.replace(cfg, resume=True, align=Stage(epochs=1, lr=2e-2)))
+    with pytest.raises(UserError, match="output: .* exists"):
+        p2_train.main(cfg)
+    before = learnt(cfg.output / "last")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 2)
+        p2_train.main(dataclasses.replace(cfg, overwrite=True, seed=1))
+    p2_train.main(dataclasses.replace(cfg, resume=True, seed=1))
+    assert not same(learnt(cfg.output / "last"), before)
+    assert [row["epoch"] for row in rows(cfg.output)] == [1, 1]
+
+
+def test_photos_that_cannot_be_decoded(config, data_root, tmp_path, capsys):
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(data_root, spoilt)
+    for name in ("train2.png", "train5.png"):
+        (spoilt / "images/train" / name).write_bytes(b"no photo " + name.encode())
+    cfg = config(data=spoilt, finetune=Stage(epochs=0))
+    with pytest.raises(UserError, match="train2.png.*train5.png.*skip_bad_photos"):
+        p2_train.main(cfg)
+    assert not cfg.output.exists()
+    p2_train.main(dataclasses.replace(cfg, skip_bad_photos=True))
+    assert {"train2.png", "train5.png"} <= set(re.findall(r"skipped.*?(train\d.png)", capsys.readouterr().err))
+    assert rows(cfg.output)[-1]["epoch"] == 1
+
+
+# ------------------------------------------------------------------------------------------- captioning
+
+
+def test_bf16_packed_run_captions_photos(config, data_root, tmp_path, monkeypatch, capsys):
+    cfg = config(
+        precision="bf16", save_precision="fp16", captions_per_row=3, bucket=True, max_grad_norm=1.0, val_cider=True,
+        align=Stage(epochs=0.5, lr=1e-2, optimizer="adamw", schedule="cosine", warmup=0.5),
+        finetune=Stage(epochs=1, lr=3e-3),
+    )  # fmt: skip
+    p2_train.main(cfg)
+    logged = rows(cfg.output)
+    assert [row["epoch"] for row in logged if "val_cider" in row] == [1, 1]
+    assert logged[-1]["val_loss"] < logged[1]["val_loss"]
+    assert {tensor.dtype for tensor in learnt(cfg.output / "best").values()} == {torch.float16}
+    assert {tensor.dtype for tensor in learnt(cfg.output / "last").values()} == {torch.float32}
+
+    photos = tmp_path / "photos"
+    shutil.copytree(data_root / "images/val", photos)
+    (photos / "broken.jpg").write_bytes((data_root / "images/val/val0.png").read_bytes()[:60])
+    (photos / "empty.png").touch()
+    results = {}
+    for name, more in {"one": ["--batch_size", 1], "many": [], "bf16": ["--precision", "bf16"]}.items():
+        args = ["--checkpoint", cfg.output, "--images", photos, "--output", tmp_path / f"{name}.json", *more]
+        assert run_script(p2_inference, monkeypatch, *args, "--device", "cpu") == 0
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert list(results["many"]) == ["val0", "val1", "val2", "val3"] == list(results["bf16"])
+    assert results["one"] == results["many"]
+    meta = json.loads((tmp_path / "many.meta.json").read_text())
+    assert meta["skipped"].keys() == {"broken.jpg", "empty.png"} and meta["skipped"]["empty.png"] == "empty file"
+    assert meta["captioner"]["encoder"]["weights"] == cfg.encoder.weights
+    out, err = capsys.readouterr()
+    assert "4 captions in" in out and "2 photos skipped" in out and "broken.jpg" in err
+
+    for file in photos.glob("val*"):
+        file.unlink()
+    args = ["--checkpoint", cfg.output, "--images", photos, "--output", tmp_path / "none.json", "--device", "cpu"]
+    assert run_script(p2_inference, monkeypatch, *args) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == "p2_inference.py: none of 2 photos could be decoded"
+    assert not (tmp_path / "none.json").exists()
