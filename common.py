@@ -49,18 +49,10 @@ def parse_config(Config: type[T], args: Sequence[str] | None = None, aliases: di
     jsonargparse does the work; mended here: list fields take values separated by spaces, switches stand bare,
     flags may have `aliases` {alias: field}, and a mistake is a UserError of one line that begins with the key.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentError
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=Path(sys.argv[0]).name,
-        description=sys.modules[Config.__module__].__doc__,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser, fields = _parser(Config), field_types(Config)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
-    parser.add_class_arguments(Config)
-    fields = field_types(Config)
     args = _spaced_lists_and_bare_switches(sys.argv[1:] if args is None else args, fields, aliases or {})
     try:
         with warnings.catch_warnings():
@@ -69,6 +61,30 @@ def parse_config(Config: type[T], args: Sequence[str] | None = None, aliases: di
     except (ArgumentError, TypeError) as error:
         raise UserError(_one_line(str(error), fields, args)) from None
     return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+
+
+def config_from(Config: type[T], values: Any) -> T:
+    """A config dataclass from nested plain values, checked like a command line. Raises UserError."""
+    from jsonargparse import ArgumentError
+
+    if not isinstance(values, dict):
+        raise UserError(f"expected a mapping of keys to values, got {values!r:.60}")
+    parser = _parser(Config)
+    try:
+        parsed = parser.instantiate(parser.parse_object(values))
+    except (ArgumentError, TypeError) as error:
+        raise UserError(_one_line(str(error), field_types(Config), ())) from None
+    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+
+
+def _parser(Config: type):
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    about = sys.modules[Config.__module__].__doc__
+    parser = ArgumentParser(prog=Path(sys.argv[0]).name, description=about, exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(Config)
+    return parser
 
 
 def field_types(Config: type, prefix: str = "") -> dict[str, Any]:
@@ -193,9 +209,17 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise a UserError where writing `path` would replace something that exists."""
+    """Make the folder of `path`. Raises UserError where `path` cannot be written, or exists without `overwrite`."""
+    if path.is_dir():
+        raise UserError(f"output: {path} is a folder; expected the name of a file")
     if path.exists() and not overwrite:
         raise UserError(f"output: {path} exists; give another name, or --overwrite to replace it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {path} cannot be written: {error.strerror}") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"output: {path} cannot be written: no permission")
 
 
 class MetricsLog:
@@ -212,12 +236,14 @@ class MetricsLog:
     def keep(self, count: int) -> None:
         """Drop all but the first `count` rows."""
         rows = self.rows()[:count]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with written_whole(self.path) as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")  # a full disk leaves half a line
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 # ------------------------------------------------------------------------------------------- devices
@@ -237,7 +263,7 @@ def seed_everything(seed: int) -> None:
 
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
 
 
 def pick_device(name: str):

@@ -16,10 +16,10 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from common import NothingDone, UserError, check, pick_device, run, write_json
-from data.annotations import Photo, read_annotations
+from common import NothingDone, UserError, check, check_output, pick_device, run, write_json
+from data.annotations import Photo, find_data, read_annotations
 from data.images import BadPhoto, load_photos
-from data.predictions import read_predictions
+from data.predictions import meta_path, read_predictions
 from metrics.cider import cider, find_java
 from metrics.clipscore import Clip, ClipUnavailable, clip_scores, load_clip
 
@@ -32,7 +32,9 @@ class Config:
 
     predictions: Path
     """JSON file {image stem: caption}."""
-    annotations: Path
+    data: Path | None = None
+    """Folder with val.json (or SPLIT.json) and images/; or name the two below."""
+    annotations: Path | None = None
     """The references: COCO style, Karpathy's JSON, Flickr8k's token file or a CSV of image,caption."""
     images: Path | None = None
     """Folder of the photos; only CLIPScore reads them, and finds them itself where they lie beside the annotations."""
@@ -41,7 +43,7 @@ class Config:
     idf: Literal["subset", "full"] = "subset"
     """References that weigh CIDEr's n-grams: of the scored photos (the official way), or all of the annotations."""
     split: str | None = None
-    """Split of the annotations to score, where they hold several."""
+    """Split to score: of the annotations, where they hold several, or of `data` (val without it)."""
     limit: PositiveInt | None = None
     """Score the first so many photos of the annotations; predictions for the others are left aside."""
     clip_model: str = "ViT-B-32-quickgelu"
@@ -53,7 +55,9 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     output: Path | None = None
-    """Scores as JSON; without it NAME.scores.json beside the predictions NAME.json. Older scores are replaced."""
+    """Scores as JSON; without it NAME.scores.json beside the predictions NAME.json, where older scores are replaced."""
+    overwrite: bool = False
+    """Replace an `output` that is there."""
 
 
 def notice(text: str) -> None:
@@ -66,28 +70,48 @@ def read_inputs(cfg: Config) -> tuple[list[Photo], dict[str, str], dict[str, lis
     Raises UserError unless predictions and photos match one to one: a mean over the photos that happen to have
     a caption would flatter a captioner that skips the hard ones.
     """
+    if not cfg.metrics:
+        raise UserError("metrics: expected at least one of cider, clipscore, got none")
+    if (cfg.data is None) == (cfg.annotations is None):
+        raise UserError("annotations: expected either annotations or data, got " + ("both" if cfg.data else "neither"))
     predictions = read_predictions(cfg.predictions)
     clip = "clipscore" in cfg.metrics
-    photos = read_annotations(cfg.annotations, cfg.images if clip else None, cfg.split, cfg.limit)
-    annotated = photos if cfg.limit is None else read_annotations(cfg.annotations, split=cfg.split)
+    annotations, images, split = cfg.annotations, cfg.images, cfg.split
+    if cfg.data:
+        (annotations, images), split = find_data(cfg.data, cfg.split or "val"), None
+    annotated = read_annotations(annotations, images if clip else None, split)
+    photos = annotated[: cfg.limit]
     references = {photo.stem: list(photo.captions) for photo in annotated}
 
-    missing = [photo.stem for photo in photos if photo.stem not in predictions]
+    skipped = skipped_photos(cfg.predictions)
+    missing = [photo.stem for photo in photos if photo.stem not in predictions and photo.stem not in skipped]
     unknown = [stem for stem in predictions if stem not in references]
     problems = []
     if missing:
         problems.append(
-            f"predictions: {cfg.predictions} has no caption for {_named(missing)} of {cfg.annotations}; caption them, "
+            f"predictions: {cfg.predictions} has no caption for {_named(missing)} of {annotations}; caption them, "
             "or score against annotations of the captioned photos only (--limit takes the first so many)"
         )
     if unknown:
-        problems.append(f"annotations: {cfg.annotations} has no references for {_named(unknown)} of {cfg.predictions}")
+        problems.append(f"annotations: {annotations} has no references for {_named(unknown)} of {cfg.predictions}")
     if clip and any(photo.path is None for photo in photos):
         problems.append("images: expected the folder of the photos, which CLIPScore reads; or give --metrics cider")
     check(problems)
     by_stem = {photo.stem: photo for photo in photos}
+    left_out = [photo.stem for photo in photos if photo.stem not in predictions]
+    if left_out:
+        notice(f"{_named(left_out)} could not be decoded when captioning, and is not scored")
     photos = [by_stem[stem] for stem in predictions if stem in by_stem]
     return photos, {photo.stem: predictions[photo.stem] for photo in photos}, references
+
+
+def skipped_photos(predictions: Path) -> set[str]:
+    """Stems of the photos that could not be decoded, as the predictions' meta file says; none where there is none."""
+    try:
+        skipped = json.loads(meta_path(predictions).read_text(encoding="utf-8"))["skipped"]
+        return {Path(name).stem for name in skipped}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _named(stems: list[str], shown: int = 5) -> str:
@@ -96,8 +120,9 @@ def _named(stems: list[str], shown: int = 5) -> str:
 
 
 def scores_path(cfg: Config) -> Path:
-    """Where the scores go. Raises UserError where something other than older scores is there."""
+    """Where the scores go. Raises UserError where they cannot, or would replace something other than older scores."""
     path = cfg.output or cfg.predictions.with_name(cfg.predictions.name.removesuffix(".json") + ".scores.json")
+    check_output(path, cfg.overwrite or cfg.output is None)
     if path.exists():
         try:
             older = json.loads(path.read_text(encoding="utf-8"))

@@ -11,7 +11,6 @@ metrics.jsonl, loss.png, best/ (lowest validation loss) and last/ (where `--resu
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from common import (
     MetricsLog,
     Precision,
+    UserError,
     check,
     pick_device,
     run,
@@ -38,8 +38,9 @@ from common import (
 )
 from data.batches import Row, batch_tokens, epoch_batches
 from data.splits import Split, prepare_split, read_splits
+from metrics.cider import cider, find_java
 from models.captioner import Captioner, CaptionerConfig, build_captioner, pack_rows
-from models.checkpoint import load_trained, restore_folder, save_captioner
+from models.checkpoint import find_checkpoint, load_trained, remove_checkpoint, restore_folder, save_captioner
 from models.decoder import DecoderConfig, LoraConfig, causal_lm, check_decoder, fuse_lora
 from models.encoder import EncoderConfig, check_encoder
 from models.projector import ProjectorConfig
@@ -134,9 +135,17 @@ def check_settings(cfg: Config) -> None:
             problems.append("data: expected either data, or annotations and images, got both")
         if cfg.output is None:
             problems.append("output: required, not given")
+        elif cfg.output.is_dir() and any(cfg.output.iterdir()) and not (cfg.output / "config.yaml").exists():
+            problems.append(f"output: {cfg.output} holds something other than a run; give another name")
+        elif cfg.output.exists() and not cfg.output.is_dir():
+            problems.append(f"output: {cfg.output} is a file; expected the name of a folder")
         elif cfg.output.exists() and not cfg.overwrite and not cfg.resume:
             problems.append(f"output: {cfg.output} exists; --resume goes on with it, --overwrite replaces it")
+        if cfg.val_cider and cfg.data is None and cfg.val_annotations is None:
+            problems.append("val_cider: needs validation photos, none given")
     check(problems)
+    if cfg.val_cider:
+        find_java()
 
 
 def settings_of(cfg: Config) -> dict:
@@ -145,13 +154,23 @@ def settings_of(cfg: Config) -> dict:
     return {key: value for key, value in settings.items() if key not in ("overwrite", "resume", "dry_run")}
 
 
+def flat(settings: dict, prefix: str = "") -> dict:
+    """Nested settings by dotted name."""
+    found = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def resumed_state(cfg: Config) -> dict | None:
     """The trainer's state in last/, None where there is none yet. Raises UserError if the settings have changed."""
     file = cfg.output / "config.yaml"
     if not cfg.resume or not file.exists():
         return None
-    before, now = yaml.safe_load(file.read_text(encoding="utf-8")), settings_of(cfg)
-    check([f"resume: {key} was {before.get(key)}, is {now[key]}" for key in now if now[key] != before.get(key)])
+    before, now = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(settings_of(cfg))
+    elsewhere = ("device", "features", "output", "data", "images", "val_images")  # the same run on another machine
+    changed = [key for key in now if key not in elsewhere and now[key] != before.get(key)]
+    check([f"resume: {key} was {before.get(key)}, is {now[key]}" for key in changed])
     restore_folder(cfg.output / "last")
     state = cfg.output / "last" / "trainer.pt"
     return torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
@@ -163,37 +182,38 @@ def resumed_state(cfg: Config) -> dict | None:
 class Trainer:
     """One run: its model, data, log and place in the two stages."""
 
-    def __init__(self, cfg: Config, captioner: Captioner, train: Split, val: Split | None, state: dict | None):
-        self.cfg, self.captioner, self.train, self.val = cfg, captioner, train, val
-        device = captioner.encoder.device
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="no" if cfg.precision == "float32" else cfg.precision
-        )
+    def __init__(
+        self, cfg: Config, accelerator: Accelerator, captioner: Captioner, train: Split, val: Split | None, state: dict
+    ):
+        self.cfg, self.accelerator, self.state = cfg, accelerator, state
+        self.captioner, self.train, self.val = captioner, train, val
         self.log = MetricsLog(cfg.output / "metrics.jsonl")
-        self.state = state or {"stage": next(iter(STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
-        self.log.keep(self.state["logged"])  # what a killed run logged after its last save is done again
         self.model = captioner  # as accelerate wraps it, once a stage has begun
 
-    def loss(self, split: Split, batch: list[Row]) -> Tensor:
+    def loss(self, model, split: Split, batch: list[Row]) -> Tensor:
         """Sum of the losses of a batch's supervised tokens."""
         device = self.accelerator.device
         features = split.features[[photo for photo, _ in batch]].to(device, non_blocking=True)
         rows = pack_rows([captions for _, captions in batch], self.captioner.tokenizer.eos_token_id).to(device)
-        return self.model(features, rows)[0]
+        return model(features, rows)[0]
 
     def optimizer_steps(self, batches: list[list[Row]]) -> Iterator[tuple[list[list[Row]], int]]:
-        """For each optimizer step this process's batches, and the supervised tokens of all processes' batches."""
+        """For each optimizer step this process's batches, and the supervised tokens of all processes' batches.
+
+        Where the epoch's last batches do not go round, the processes left over get an empty one.
+        """
         processes = self.accelerator.num_processes
         together = self.cfg.gradient_accumulation * processes
         for start in range(0, len(batches), together):
             group = batches[start : start + together]
             own = group[self.accelerator.process_index :: processes]
-            yield own, sum(map(batch_tokens, group))
+            yield own or [[]], sum(map(batch_tokens, group))
 
     def stage(self, name: str) -> None:
         """Train one stage epoch by epoch from where `state` says."""
         cfg, stage, accelerator = self.cfg, getattr(self.cfg, name), self.accelerator
-        self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # of the stage before
+        self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        accelerator.free_memory()  # the stage before: its optimizer must not be stepped or unscaled again
         trainable = set_trainable(self.captioner, name, stage.lr)
         batches = epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row)
         epoch_steps = sum(1 for _ in self.optimizer_steps(batches))
@@ -218,7 +238,8 @@ class Trainer:
                 step_loss = torch.zeros((), device=accelerator.device)
                 for i, batch in enumerate(own):
                     with accelerator.no_sync(self.model) if i + 1 < len(own) else nullcontext():
-                        loss = self.loss(self.train, batch)
+                        # every process must do its part of the exchange, so an empty batch borrows a row at weight 0
+                        loss = self.loss(self.model, self.train, batch or batches[0][:1]) * bool(batch)
                         # the mean over the whole step's tokens; processes' gradients are averaged, hence the factor
                         accelerator.backward(loss * accelerator.num_processes / tokens)
                     step_loss += loss.detach()
@@ -249,11 +270,11 @@ class Trainer:
         row = {"stage": state["stage"], "epoch": state["epoch"], "seconds": seconds}
         if self.val:
             row["val_loss"] = self.validation_loss()
-            if cfg.val_cider:
-                row["val_cider"] = self.validation_cider()
-        self.write_log(**row)
         if not self.accelerator.is_main_process:
             return
+        if self.val and cfg.val_cider:
+            row["val_cider"] = self.validation_cider()
+        self.write_log(**row)
         print("  ".join(f"{key} {round(value, 4) if key.startswith('val') else value}" for key, value in row.items()))
         plot_losses(self.log.rows(), cfg.output / "loss.png")
         # without validation photos the last epoch is the best that is known
@@ -272,13 +293,11 @@ class Trainer:
         batches = epoch_batches(self.val.captions, self.cfg.batch_size, self.cfg.captions_per_row)
         own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
         for batch in tqdm(own, "validate", leave=False):
-            total += self.loss(self.val, batch)
+            total += self.loss(self.captioner, self.val, batch)  # not as wrapped: no process waits for another
         return self.accelerator.reduce(total, "sum").item() / sum(map(batch_tokens, batches))
 
     def validation_cider(self) -> float:
         """CIDEr-D of greedy captions of the validation photos."""
-        from metrics.cider import cider
-
         lm = causal_lm(self.captioner.decoder)
         training_attention = lm.config._attn_implementation
         lm.set_attn_implementation("sdpa")
@@ -307,20 +326,28 @@ def main(cfg: Config) -> None:
         for name in STAGES:
             set_trainable(captioner, name, getattr(cfg, name).lr)
         return
-    device, state = pick_device(cfg.device), resumed_state(cfg)
+    device = pick_device(cfg.device)
+    if cfg.precision == "fp16" and device.type != "cuda":
+        raise UserError(f"precision: fp16 trains on CUDA alone, the device is {device}; expected bf16 or float32")
+    state = resumed_state(cfg)
     val_source = cfg.val_annotations, cfg.val_images or cfg.images
     train_photos, val_photos = read_splits(
         cfg.data, (cfg.annotations, cfg.images), val_source, cfg.limit, cfg.val_limit
     )
 
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no" if cfg.precision == "float32" else cfg.precision
+    )
     seed_everything(cfg.seed)
     captioner = build_captioner(model)
-    captioner.encoder.to(device)
-    train, val = (
-        prepare_split(captioner.encoder, captioner.tokenizer, photos, cfg.features, device, cfg.skip_bad_photos)
-        if photos else None
-        for photos in (train_photos, val_photos)
-    )
+    captioner.encoder.to(accelerator.device)
+    with accelerator.main_process_first():  # the others find the features in the cache
+        train, val = (
+            prepare_split(captioner, photos, cfg.features, cfg.skip_bad_photos) if photos else None
+            for photos in (train_photos, val_photos)
+        )
     if state:
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
@@ -330,13 +357,18 @@ def main(cfg: Config) -> None:
     # the backward of sdpa under a mask is several times slower than attention written out, on a CPU
     causal_lm(captioner.decoder).set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
 
-    if not state:
-        for name in ("best", "last"):
-            shutil.rmtree(cfg.output / name, ignore_errors=True)
-    with written_whole(cfg.output / "config.yaml") as part:
-        part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")
-    Trainer(cfg, captioner, train, val, state).run()
-    print(f"captioner: {cfg.output / 'best'}")
+    fresh = {"stage": next(iter(STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
+    trainer = Trainer(cfg, accelerator, captioner, train, val, state or fresh)
+    if accelerator.is_main_process:
+        if not state:
+            remove_checkpoint(cfg.output / "best")
+            remove_checkpoint(cfg.output / "last")
+        trainer.log.keep(trainer.state["logged"])  # what a killed run logged after its last save is done again
+        with written_whole(cfg.output / "config.yaml") as part:
+            part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    trainer.run()
+    accelerator.print(f"captioner: {find_checkpoint(cfg.output)}")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,12 @@ def read_annotations(
     return _photos(names, paths, (entry.captions for entry in entries))
 
 
+def names_splits(annotations: Path) -> bool:
+    """Whether `annotations` is cut into splits itself, by Karpathy's field or by Flickr8k's lists beside it."""
+    listed = (annotations.parent / "Flickr_8k.trainImages.txt").is_file()
+    return listed or any(entry.split for entry in _entries(annotations, read_text(annotations, FORMS)))
+
+
 def find_photos(images: Path, limit: int | None = None) -> list[Photo]:
     """The photos that `images` stands for, without captions.
 

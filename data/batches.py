@@ -16,9 +16,10 @@ def epoch_batches(
 ) -> list[list[Row]]:
     """Cut one epoch, every (photo, caption) pair once, into batches of `batch_size` captions.
 
-    `captions` holds each photo's tokenised captions. With a `seed` the photo's captions, the rows and the batches are
-    shuffled; without one they keep their order. `bucket` puts rows of like length together (within 32 batches), which
-    saves padding. The number of batches depends on nothing but the counts, so that schedules can rely on it.
+    `captions` holds each photo's tokenised captions; `batch_size` is a multiple of `captions_per_row`. With a `seed`
+    the photo's captions, the rows and the batches are shuffled; without one they keep their order. `bucket` puts rows
+    of like length together (within 32 batches), which saves padding. The number of batches depends on nothing but the
+    counts, so that schedules can rely on it.
     """
     shuffle = random.Random(seed).shuffle if seed is not None else lambda items: None
     rows: list[Row] = []
@@ -27,7 +28,7 @@ def epoch_batches(
         shuffle(own)
         rows += [(photo, own[i : i + captions_per_row]) for i in range(0, len(own), captions_per_row)]
     shuffle(rows)
-    size = max(1, batch_size // captions_per_row)
+    size = batch_size // captions_per_row
     if bucket:
         near = 32 * size
         rows = [row for i in range(0, len(rows), near) for row in sorted(rows[i : i + near], key=row_tokens)]

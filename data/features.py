@@ -25,8 +25,9 @@ class Features:
     """Cached features of some photos, read from disk as they are asked for."""
 
     def __init__(self, file: Path, rows: Sequence[int], shape: tuple[int, int]):
-        self.file, self.rows, self.shape = file, np.asarray(rows, dtype=np.int64), shape
-        self._array = np.memmap(file, dtype=np.float16, mode="r").reshape(-1, *shape)
+        self.rows = np.asarray(rows, dtype=np.int64)
+        # no more than is asked for: another run may be appending
+        self._array = np.memmap(file, dtype=np.float16, mode="r", shape=(int(self.rows.max()) + 1, *shape))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -36,8 +37,23 @@ class Features:
         return torch.from_numpy(self._array[self.rows[list(photos)]])
 
 
-def file_hash(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+def file_hash(path: Path) -> str | BadPhoto:
+    """Hash of a file's bytes, or why it cannot be read."""
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except OSError as error:
+        return BadPhoto(path, (error.strerror or str(error)).lower())
+
+
+def _read_index(index: Path, data: Path, row_bytes: int) -> list[str]:
+    """Keys of the rows that are whole in both files; what a killed run or a full disk left half is cut off."""
+    whole = index.read_text().rpartition("\n")[0] if index.exists() else ""
+    keys = whole.split()[: data.stat().st_size // row_bytes if data.exists() else 0]
+    with index.open("w") as file:
+        file.writelines(f"{key}\n" for key in keys)
+    with data.open("ab") as file:
+        file.truncate(row_bytes * len(keys))
+    return keys
 
 
 @contextmanager
@@ -50,7 +66,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def photo_features(
-    encoder, photos: Sequence[Photo], folder: Path, device: torch.device, batch_size: int = 32, workers: int = 2
+    encoder, photos: Sequence[Photo], folder: Path, batch_size: int = 32, workers: int = 2
 ) -> tuple[Features, list[int], list[BadPhoto]]:
     """Features of `photos` by a models.encoder.FrozenEncoder, taken from the cache in `folder` or added to it.
 
@@ -61,41 +77,48 @@ def photo_features(
     shape = (encoder.tokens, encoder.width)
     row_bytes = 2 * shape[0] * shape[1]
     data, index = store / "features.f16", store / "index.txt"
-    bad: list[BadPhoto] = []
     with _locked(store):
-        known = {key: row for row, key in enumerate(index.read_text().split())} if index.exists() else {}
+        keys = _read_index(index, data, row_bytes)
+        known = {key: row for row, key in enumerate(keys)}
         hashes = [file_hash(photo.path) for photo in photos]
-        missing = list({key: photo for key, photo in zip(hashes, photos) if key not in known}.items())
+        missing = {
+            key: photo for key, photo in zip(hashes, photos) if isinstance(key, str) and key not in known
+        }
         needed, free = row_bytes * len(missing), shutil.disk_usage(store).free
         if needed > free:
             raise UserError(
                 f"features: {store} needs {needed / 1e9:.1f} GB for {len(missing)} photos, {free / 1e9:.1f} GB are free"
             )
-        with data.open("ab") as features, index.open("a") as keys:
-            features.truncate(row_bytes * len(known))  # a killed run may have left features without their key
-            for batch in tqdm(
-                _decoded_batches(missing, batch_size, workers, encoder.transform, bad),
-                total=-(-len(missing) // batch_size),
-                desc="encode photos",
-                disable=not missing,
-            ):
-                pixels = torch.stack([pixels for _, pixels in batch]).to(device)
+        reasons: dict[str, str] = {}  # hash of a photo that cannot be decoded -> why
+        with data.open("ab") as features, index.open("a") as lines:
+            batches = _decoded_batches(missing, batch_size, workers, encoder.transform, reasons)
+            total = -(-len(missing) // batch_size)
+            for batch in tqdm(batches, total=total, desc="encode photos", disable=not missing):
+                pixels = torch.stack([pixels for _, pixels in batch]).to(encoder.device)
                 encoder(pixels).to(torch.float16).cpu().numpy().tofile(features)
                 features.flush()
-                keys.writelines(f"{key}\n" for key, _ in batch)
-                keys.flush()
-        known = {key: row for row, key in enumerate(index.read_text().split())}
-    good = [i for i, key in enumerate(hashes) if key in known]
+                lines.writelines(f"{key}\n" for key, _ in batch)
+                lines.flush()
+                for key, _ in batch:
+                    known[key] = len(known)
+    good = [i for i, key in enumerate(hashes) if isinstance(key, str) and key in known]
+    bad = [
+        key if isinstance(key, BadPhoto) else BadPhoto(photo.path, reasons[key])
+        for key, photo in zip(hashes, photos)
+        if isinstance(key, BadPhoto) or key in reasons
+    ]
     if not good:
         raise UserError(f"images: none of {len(photos)} photos could be decoded, such as {bad[0]}")
     return Features(data, [known[hashes[i]] for i in good], shape), good, bad
 
 
-def _decoded_batches(missing, batch_size, workers, transform, bad) -> Iterator[list[tuple[str, Tensor]]]:
+def _decoded_batches(
+    missing: dict[str, Photo], batch_size: int, workers: int, transform, reasons: dict[str, str]
+) -> Iterator[list[tuple[str, Tensor]]]:
     batch: list[tuple[str, Tensor]] = []
-    for (key, _), (_, image) in zip(missing, load_photos([photo for _, photo in missing], workers)):
+    for key, (_, image) in zip(missing, load_photos(missing.values(), workers)):
         if isinstance(image, BadPhoto):
-            bad.append(image)
+            reasons[key] = image.reason
             continue
         batch.append((key, transform(image)))
         if len(batch) == batch_size:

@@ -40,7 +40,7 @@ def read_predictions(path: Path) -> dict[str, str]:
 
 def write_predictions(path: Path, captions: dict[str, str], meta: dict[str, Any]) -> None:
     """Write `captions` in their order to `path` and `meta` to `meta_path(path)`, each in one atomic step."""
-    write_json(meta_path(path), meta)  # first: where the captions stand, they are accounted for
+    write_json(meta_path(path), meta)
     write_json(path, captions)
 
 

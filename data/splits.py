@@ -4,10 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from common import UserError, check
-from data.annotations import Photo, find_data, read_annotations
+from data.annotations import Photo, find_data, names_splits, read_annotations
 from data.features import Features, photo_features
 
 
@@ -27,33 +25,36 @@ def read_splits(
 ) -> tuple[list[Photo], list[Photo]]:
     """Training and validation photos with captions, from a folder `data` or from `train` and `val`; val may be empty.
 
+    A file that names the splits itself (Karpathy's form, Flickr8k's with its lists) serves for both.
     Raises UserError, also where the photos themselves are not to be found.
     """
     if data:
         train, val = find_data(data, "train"), find_data(data, "val")
-    one_file = train[0] == val[0]  # Karpathy's form and Flickr8k's: the splits are named inside
+    if val[0] is None and names_splits(train[0]):
+        val = train[0], val[1]
     splits = []
     for (annotations, images), name, most in ((train, "train", limit), (val, "val", val_limit)):
-        photos = read_annotations(annotations, images, name if one_file else None, most) if annotations else []
+        split = name if train[0] == val[0] else None
+        photos = read_annotations(annotations, images, split, most) if annotations else []
         if any(photo.path is None for photo in photos):
             raise UserError(f"images: expected the folder of the photos of {annotations}, none given")
         splits.append(photos)
     return splits[0], splits[1]
 
 
-def prepare_split(
-    encoder, tokenizer, photos: list[Photo], cache: Path, device: torch.device, skip_bad_photos: bool = False
-) -> Split:
-    """Encode `photos` (or find their features in `cache`) and tokenise their captions.
+def prepare_split(captioner, photos: list[Photo], cache: Path, skip_bad_photos: bool = False) -> Split:
+    """Encode `photos` (or find their features in `cache`) and tokenise their captions, for a models.Captioner.
 
-    Raises UserError for photos that cannot be decoded, unless `skip_bad_photos`: then they are named on stderr.
+    Raises UserError for captions longer than the decoder has positions for, and for photos that cannot be decoded,
+    unless `skip_bad_photos`: then they are named on stderr.
     """
-    features, good, bad = photo_features(encoder, photos, cache, device)
+    ids = captioner.tokenizer([c for photo in photos for c in photo.captions], add_special_tokens=False).input_ids
+    captioner.check_room(max(map(len, ids)), "annotations")
+    features, good, bad = photo_features(captioner.encoder, photos, cache)
     if bad and not skip_bad_photos:
         check([f"photo {error}" for error in bad] + ["skip_bad_photos goes on without them"])
     for error in bad:
         print(f"skipped photo {error}", file=sys.stderr)
-    photos = [photos[i] for i in good]
-    captions = [caption for photo in photos for caption in photo.captions]
-    ids = iter(tokenizer(captions, add_special_tokens=False).input_ids)
-    return Split(photos, features, [[next(ids) for _ in photo.captions] for photo in photos])
+    rest = iter(ids)
+    captions = [[next(rest) for _ in photo.captions] for photo in photos]
+    return Split([photos[i] for i in good], features, [captions[i] for i in good])

@@ -69,14 +69,14 @@ def main() -> None:
     score = f"--annotations {VAL} --images {SHAPES}/images/val --clip_model local-dir:{CLIP}"
     step("Score the captions", f"evaluate.py --predictions {captions} {score}")
     step("Score them again, shuffled among the scenes", f"evaluate.py --predictions {shuffled(captions)} {score}")
+    own, other = corpus(captions), corpus(ROOT / "val_shuffled.json")
+    pairs = pair_scores(read_predictions(captions), SHAPES / "instances_val.json")
+    write_json(ROOT / "summary.json", {"cider": own["cider"], "cider_shuffled": other["cider"], **pairs})
+
     step(
         "P2: caption a real photo with the captioner that ships",
         f"p2_inference.py --checkpoint checkpoints/flickr8k --images {photo} --output {ROOT}/photo.json --overwrite",
     )
-
-    own, other = corpus(captions), corpus(ROOT / "val_shuffled.json")
-    pairs = pair_scores(read_predictions(captions), SHAPES / "instances_val.json")
-    write_json(ROOT / "summary.json", {"cider": own["cider"], "cider_shuffled": other["cider"], **pairs})
 
     print("\n=== Drawn scenes, validation")
     print(f"{'':28}{'its own captions':>18}{'shuffled':>12}")

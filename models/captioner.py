@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common import UserError
 from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, load_decoder, merge_lora
 from models.encoder import EncoderConfig, FrozenEncoder, build_encoder
 from models.projector import Projector, ProjectorConfig
@@ -37,18 +39,31 @@ class CaptionerConfig:
 class Decoding:
     """How a caption is chosen; the default is greedy."""
 
-    max_new_tokens: int = 50
+    max_new_tokens: PositiveInt = 50
     """Longest caption, in tokens."""
-    num_beams: int = 1
+    num_beams: PositiveInt = 1
     """Beams of the beam search; 1 is greedy or sampling."""
     do_sample: bool = False
     """Draw words at random instead of taking the likeliest."""
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """Divides the logits before sampling."""
-    top_p: float = 1.0
+    top_p: ClosedUnitInterval = 1.0
     """Sample from the likeliest words that make up this share of the probability."""
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     """Sample from this many likeliest words; 0 is all."""
+
+
+def check_decoding(key: str, decoding: Decoding) -> list[str]:
+    """What is wrong with a decoding's settings taken together; `key` is the name of the setting."""
+    problems = []
+    if decoding.do_sample and decoding.num_beams > 1:
+        problems.append(f"{key}.num_beams: expected 1 with do_sample, got {decoding.num_beams}")
+    if decoding.top_p == 0:
+        problems.append(f"{key}.top_p: expected more than 0, got 0")
+    for name in ("temperature", "top_p", "top_k"):
+        if not decoding.do_sample and getattr(decoding, name) != getattr(Decoding(), name):
+            problems.append(f"{key}.{name}: is of sampling alone; expected {key}.do_sample with it")
+    return problems
 
 
 @dataclass
@@ -151,6 +166,24 @@ class Captioner(nn.Module):
         self.encoder, self.projector, self.decoder = encoder, projector, decoder
         self.tokenizer, self.config = tokenizer, config
 
+    def train(self, mode: bool = True) -> "Captioner":
+        """The decoder's own dropout (GPT-2 has three kinds) stays off: what is frozen needs no regularising."""
+        super().train(mode)
+        self.decoder.eval()
+        for module in self.decoder.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout.train(mode)
+        return self
+
+    def check_room(self, text_tokens: int, key: str) -> None:
+        """Raise a UserError, naming the setting `key`, where the decoder has no positions for so long a text."""
+        room = getattr(causal_lm(self.decoder).config, "max_position_embeddings", None)
+        if room is not None and self.encoder.tokens + 1 + text_tokens > room:
+            raise UserError(
+                f"{key}: {self.encoder.tokens} image tokens, EOS and {text_tokens} text tokens do not fit into the "
+                f"decoder's {room} positions"
+            )
+
     def prefix(self, features: Tensor) -> Tensor:
         """(B, P, D_image) -> (B, P, D_text), in the decoder's dtype."""
         return self.projector(features).to(causal_lm(self.decoder).dtype)
@@ -170,7 +203,7 @@ class Captioner(nn.Module):
         ).last_hidden_state
         supervised = rows.labels != -100
         head = lm.get_output_embeddings()
-        weights = [weight for weight in head.parameters() if weight.requires_grad]
+        weights = [weight for weight in head.parameters() if weight.requires_grad and torch.is_grad_enabled()]
         loss = ChunkedCrossEntropy.apply(hidden[:, tokens:][supervised], rows.labels[supervised], head, *weights)
         return loss, supervised.sum()
 
@@ -180,25 +213,33 @@ class Captioner(nn.Module):
         return self
 
     @torch.inference_mode()
-    def caption(self, features: Tensor, decoding: Decoding = Decoding()) -> list[str]:
-        """(B, P, D_image) -> B captions. All photos have equally long prefixes, so that nothing is padded."""
+    def caption(self, features: Tensor, decoding: Decoding = Decoding(), seeds: Sequence[int] = ()) -> list[str]:
+        """(B, P, D_image) -> B captions; sampling draws by one of B `seeds` for each.
+
+        All photos have equally long prefixes, so that nothing is padded.
+        """
         from transformers import GenerationConfig
+
+        from models.sampling import samplers
 
         lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
         image = self.prefix(features)
         first = lm.get_input_embeddings()(torch.full((len(image), 1), eos, device=image.device))
         inputs = torch.cat([image, first], dim=1)
-        sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         settings = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             num_beams=decoding.num_beams,
-            do_sample=decoding.do_sample,
+            do_sample=False,  # models.sampling draws
             eos_token_id=eos,
             pad_token_id=eos,
-            **(sampling if decoding.do_sample else {}),
         )
         mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=image.device)
-        ids = lm.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=settings)
+        ids = lm.generate(
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=samplers(decoding, seeds),
+        )
         return [" ".join(text.split()) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 

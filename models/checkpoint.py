@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,11 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common import UserError, check, write_json
+from common import UserError, check, config_from, write_json
 from models.captioner import Captioner, CaptionerConfig, build_captioner
-from models.decoder import DecoderConfig, LoraConfig, check_decoder
-from models.encoder import EncoderConfig, check_encoder
-from models.projector import ProjectorConfig
+from models.decoder import check_decoder
+from models.encoder import check_encoder
 
 PROJECTOR, LORA, CONFIG = "projector.safetensors", "decoder_lora", "captioner.json"
 LORA_WEIGHTS = f"{LORA}/adapter_model.safetensors"
@@ -33,27 +33,32 @@ def save_captioner(
 
     `extra` are more files {name: object for torch.save}.
     """
-    part = folder.with_name(f".{folder.name}.part")
+    part = _part(folder)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file(
         {name: tensor.to(dtype).contiguous() for name, tensor in captioner.projector.state_dict().items()},
         part / PROJECTOR,
     )
-    decoder = captioner.decoder
-    for settings in decoder.peft_config.values():
-        settings.base_model_name_or_path = captioner.config.decoder.model
-    lora = {name: tensor.to(dtype) for name, tensor in _lora_state(decoder).items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # the head is adapted, and peft would store the embeddings tied to it: 125 MB for GPT-2
-        decoder.save_pretrained(part / LORA, save_embedding_layers=False)
-    save_file({name: tensor.contiguous() for name, tensor in lora.items()}, part / LORA_WEIGHTS)
-    (part / LORA / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    (settings,) = captioner.decoder.peft_config.values()
+    settings.base_model_name_or_path = captioner.config.decoder.model
+    settings.save_pretrained(part / LORA)
+    lora = _lora_state(captioner.decoder)
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in lora.items()}, part / LORA_WEIGHTS)
     write_json(part / CONFIG, asdict(captioner.config))
     for name, value in (extra or {}).items():
         torch.save(value, part / name)
     replace_folder(part, folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete the checkpoint `folder` and what a killed run may have left of it."""
+    for path in (folder, _old(folder), _part(folder)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _part(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.part")
 
 
 def _old(folder: Path) -> Path:
@@ -74,8 +79,9 @@ def replace_folder(part: Path, folder: Path) -> None:
 
 def restore_folder(folder: Path) -> None:
     """Undo a `replace_folder` that was killed after it had moved the old folder away."""
-    if _old(folder).exists() and not folder.exists():
-        os.rename(_old(folder), folder)
+    if not folder.exists():
+        with suppress(FileNotFoundError):  # nothing to undo, or another process was faster
+            os.rename(_old(folder), folder)
 
 
 def _lora_state(decoder) -> dict[str, Tensor]:
@@ -83,6 +89,7 @@ def _lora_state(decoder) -> dict[str, Tensor]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # the head is adapted, and peft would add the embeddings tied to it: 125 MB for GPT-2
         return get_peft_model_state_dict(decoder, save_embedding_layers=False)
 
 
@@ -98,14 +105,8 @@ def read_config(folder: Path) -> CaptionerConfig:
     """`captioner.json` of a checkpoint folder."""
     file = folder / CONFIG
     try:
-        parts = json.loads(file.read_text(encoding="utf-8"))
-        return CaptionerConfig(
-            EncoderConfig(**parts["encoder"]),
-            ProjectorConfig(**parts["projector"]),
-            DecoderConfig(**parts["decoder"]),
-            LoraConfig(**parts["lora"]),
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        return config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, UserError) as error:
         raise UserError(f"{file}: expected the settings of a captioner: {error}") from None
 
 

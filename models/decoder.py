@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from torch import nn
 
 from common import UserError
@@ -27,11 +28,11 @@ class DecoderConfig:
 class LoraConfig:
     """LoRA (arXiv 2106.09685) on every linear layer of the decoder, its output head included."""
 
-    rank: int = 32
+    rank: PositiveInt = 32
     """Rank of each update."""
-    alpha: float = 64.0
+    alpha: PositiveFloat = 64.0
     """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: ClosedUnitInterval = 0.0
     """Dropout on the input of each update."""
 
 
@@ -46,7 +47,7 @@ def check_decoder(config: DecoderConfig) -> list[str]:
     elif (folder / COURSE_FILES[0]).exists():
         missing = [name for name in COURSE_FILES if not (folder / name).is_file()]
         return [f"decoder.model: {folder} holds {COURSE_FILES[0]} but not {', '.join(missing)}"] if missing else []
-    elif folder.is_absolute() or config.model.startswith((".", "~")):
+    elif folder.is_dir() or config.model.startswith((".", "~", "/")) or config.model.count("/") > 1:
         if not (folder / "config.json").is_file():
             return [f"decoder.model: {folder}: no such model folder (neither config.json nor {COURSE_FILES[0]} in it)"]
     return []
@@ -57,7 +58,7 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
 
     Raises UserError where the model is not to be had, or where its tokenizer names no end-of-text token.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
 
     if (Path(config.model) / COURSE_FILES[0]).exists():
         return _load_course_form(Path(config.model), load_weights)
@@ -67,12 +68,14 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
         where, options = str(file.parent), {"gguf_file": file.name}
     hub = True
     try:
-        if not load_weights:
-            # "gpt2" must not need the hub: the library's default configuration is GPT-2 small
-            shape = GPT2Config() if where == "gpt2" else AutoConfig.from_pretrained(where, **options)
+        if not load_weights and where == "gpt2":  # the library's default configuration is GPT-2 small: no hub needed
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(shape), None
+                return AutoModelForCausalLM.from_config(GPT2Config()), None
         with hub_or_cache() as hub:
+            if not load_weights:
+                shape = AutoConfig.from_pretrained(where, **options)
+                with torch.device("meta"):
+                    return AutoModelForCausalLM.from_config(shape), None
             lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # hub clients raise all sorts; the user needs one line
@@ -81,6 +84,7 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
     if tokenizer.eos_token_id is None:
         raise UserError(f"decoder.model: the tokenizer of {config.model} has no end-of-text token")
     _check_head(lm)
+    lm.generation_config = GenerationConfig()  # greedy means greedy, whatever penalties the model's authors set
     return lm, tokenizer
 
 
@@ -125,15 +129,9 @@ def linear_layers(lm: nn.Module) -> list[str]:
 
 
 def add_lora(lm: nn.Module, config: LoraConfig) -> nn.Module:
-    """Wrap `lm` with fresh adapters in float32; everything else is frozen. Returns peft's PeftModel.
-
-    The decoder's own dropout (GPT-2 has three kinds) is switched off: what is frozen needs no regularising.
-    """
+    """Wrap `lm` with fresh adapters in float32; everything else is frozen. Returns peft's PeftModel."""
     import peft
 
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -214,4 +212,5 @@ def _fused_forward(module: nn.Module, name: str, x: torch.Tensor) -> torch.Tenso
         return base(x)
     weight = base.weight.T if isinstance(base, nn.Linear) else base.weight  # Conv1D keeps (in, out)
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    return LoraProduct.apply(x, weight, base.bias, a, b, module.scaling[name])
+    # autocast on CUDA computes layer norms in float32 and hands that on
+    return LoraProduct.apply(x.to(weight.dtype), weight, base.bias, a, b, module.scaling[name])

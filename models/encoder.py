@@ -186,7 +186,8 @@ def _open_clip_tower(config: EncoderConfig, device: str, load_weights: bool) -> 
         model, weights = f"local-dir:{weights}", None
     elif weights == "random":
         weights = None
-    if weights == "openai" and not (open_clip.get_model_config(model) or {}).get("quick_gelu"):
+    known = open_clip.get_model_config(model)
+    if weights == "openai" and known and not known.get("quick_gelu"):
         raise UserError(f"encoder.model: OpenAI's weights need a QuickGELU model (try {model}-quickgelu), got {model}")
     clip = open_clip.create_model(
         model,

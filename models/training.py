@@ -95,7 +95,11 @@ def make_schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoc
 
 def check_stage(name: str, stage: Stage) -> list[str]:
     """What is wrong with a stage's settings taken together."""
-    problems = []
+    problems = [
+        f"{name}.{key}: expected a finite number, got {getattr(stage, key)}"
+        for key in ("epochs", "lr")
+        if not math.isfinite(getattr(stage, key))
+    ]
     if stage.weight_decay and stage.optimizer != "adamw":
         problems.append(f"{name}.weight_decay: expected 0 with optimizer {stage.optimizer}, got {stage.weight_decay}")
     if stage.warmup and stage.schedule == "warm_restarts":

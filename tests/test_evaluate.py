@@ -258,7 +258,8 @@ def test_limit_takes_the_first_photos_of_the_annotations(scene):
     two = {name: CAPTIONS[name] for name in ("truck", "river")}
     assert means == {"CIDEr": cider(REFERENCES, two)[0], "CLIPScore": "n/a"}
     assert list(json.loads((scene / "scores" / "two.json").read_text())["photos"]) == list(two)
-    means = last_line(evaluate(scene, "--metrics=cider", "--limit=2", "--idf=full", "--output=scores/two.json"))
+    again = ("--idf=full", "--output=scores/two.json", "--overwrite")
+    means = last_line(evaluate(scene, "--metrics=cider", "--limit=2", *again))
     assert means["CIDEr"] == cider(REFERENCES, two, idf="full")[0]
 
 
@@ -268,7 +269,8 @@ def test_limit_takes_the_first_photos_of_the_annotations(scene):
         ({"truck": "a truck", "chess": "chess"}, ["--metrics=cider"], "no caption for 1 photo (river) of val.json"),
         (CAPTIONS | {"moon": "the moon"}, ["--metrics=cider"], "no references for 1 photo (moon) of captions.json"),
         (CAPTIONS, [], "images: expected the folder of the photos"),
-        (CAPTIONS, ["--metrics=cider", "--output=val.json"], "output: val.json exists and holds no scores"),
+        (CAPTIONS, ["--metrics=cider", "--output=val.json"], "output: val.json exists; give another name"),
+        (CAPTIONS, ["--metrics=cider", "--output=val.json", "--overwrite"], "val.json exists and holds no scores"),
         ({"truck": None}, ["--metrics=cider"], "captions.json: caption of 'truck' is None, expected text"),
     ],
 )

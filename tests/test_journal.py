@@ -1,0 +1,114 @@
+"""Captioning that is stopped and goes on, and sampling that heeds the photo alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from common import NothingDone, UserError
+from data.annotations import find_photos
+from data.journal import Journal, caption_journaled
+from models.captioner import Decoding
+from models.decoder import causal_lm, fuse_lora
+from models.sampling import photo_seed
+
+
+@pytest.fixture
+def photos(tmp_path) -> list:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(7):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"p{number}.png")
+    (folder / "p3.png").write_text("no photo")
+    return find_photos(folder)
+
+
+def caption_all(output: Path, photos: list, stop_after: int = 99, **settings) -> list:
+    journals = {name: Journal(output.with_stem(name), {"model": "m"} | settings) for name in ("a", "b")}
+    batches = []
+
+    def caption(own, images):
+        if len(batches) == stop_after:
+            raise KeyboardInterrupt
+        batches.append([photo.stem for photo in own])
+        red = [image.getpixel((0, 0))[0] for image in images]
+        return {"a": [f"red {value}" for value in red], "b": [f"rouge {value}" for value in red]}
+
+    bad = caption_journaled(photos, journals, caption, batch_size=2, workers=1)
+    for journal in journals.values():
+        journal.finish([photo.stem for photo in photos], {"skipped": [error.path.name for error in bad]})
+    return batches
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2])
+def test_a_stopped_run_ends_as_an_unbroken_one(tmp_path, photos, stop_after):
+    caption_all(tmp_path / "whole/x.json", photos)
+    broken = tmp_path / "broken/x.json"
+    with pytest.raises(KeyboardInterrupt):
+        caption_all(broken, photos, stop_after)
+    journal = broken.with_name("a.journal.jsonl")
+    with journal.open("a") as file:
+        file.write('["p6", "half a li')
+    again = caption_all(broken, photos)
+    assert sum(map(len, again)) == 6 - 2 * stop_after  # what was done is not done again
+    for name in ("a", "b"):
+        assert (tmp_path / f"whole/{name}.json").read_bytes() == (tmp_path / f"broken/{name}.json").read_bytes()
+    assert not journal.exists()
+    assert json.loads((tmp_path / "broken/a.meta.json").read_text())["skipped"] == ["p3.png"]
+    assert list(json.loads((tmp_path / "broken/a.json").read_text())) == ["p0", "p1", "p2", "p4", "p5", "p6"]
+
+
+def test_a_journal_of_other_settings_is_refused_by_name(tmp_path, photos):
+    with pytest.raises(KeyboardInterrupt):
+        caption_all(tmp_path / "x.json", photos, 1, seed=0)
+    with pytest.raises(UserError, match="begun with seed 0, now 1; --overwrite begins anew"):
+        caption_all(tmp_path / "x.json", photos, seed=1)
+    (tmp_path / "a.journal.jsonl").write_text("{}\nnot a caption\n")
+    with pytest.raises(UserError, match="is no journal of captions"):
+        caption_all(tmp_path / "x.json", photos, seed=0)
+    assert Journal(tmp_path / "a.json", {"seed": 1}, overwrite=True).captions == {}
+
+
+def test_nothing_readable_is_nothing_done(tmp_path, photos):
+    with pytest.raises(NothingDone, match="none of 1 photos"):
+        caption_all(tmp_path / "x.json", photos[3:4])
+
+
+def test_sampling_heeds_the_photo_alone(make_captioner):
+    """The same captions at any batch size and in any order; other seeds draw others."""
+    captioner = make_captioner("gpt2").eval().merge()
+    torch.manual_seed(0)
+    features = torch.randn(8, captioner.encoder.tokens, captioner.encoder.width)
+    decoding = Decoding(max_new_tokens=8, do_sample=True, temperature=0.9, top_p=0.95, top_k=100)
+    seeds = [photo_seed(0, f"photo {number}") for number in range(8)]
+    together = captioner.caption(features, decoding, seeds)
+    one_by_one = [captioner.caption(features[i : i + 1], decoding, seeds[i : i + 1])[0] for i in range(8)]
+    assert together == one_by_one
+    assert captioner.caption(features.flip(0), decoding, seeds[::-1]) == together[::-1]
+    assert captioner.caption(features, decoding, [seed + 1 for seed in seeds]) != together
+
+
+def test_sampling_draws_from_the_distribution():
+    """10,000 rows of one distribution: frequencies within four standard errors."""
+    from models.sampling import samplers
+
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    process = samplers(Decoding(do_sample=True), range(10_000))
+    drawn = process(None, logits.expand(10_000, -1)).argmax(1).bincount(minlength=4) / 10_000
+    expected = logits.softmax(0)
+    assert ((drawn - expected).abs() < 4 * (expected * (1 - expected) / 10_000).sqrt()).all()
+
+
+def test_fused_lora_takes_float32_from_autocast_into_16_bits(make_captioner):
+    """On CUDA autocast leaves layer norms in float32; the frozen weights behind them are bf16."""
+    captioner = make_captioner("gpt2")
+    for name, parameter in captioner.decoder.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    fuse_lora(captioner.decoder)
+    layer = causal_lm(captioner.decoder).transformer.h[0].mlp.c_fc
+    x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+    layer(x).float().sum().backward()
+    assert x.grad.dtype == torch.float32 and layer.lora_B["default"].weight.grad.abs().sum() > 0
