@@ -68,7 +68,8 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
         where, options = str(file.parent), {"gguf_file": file.name}
     hub = True
     try:
-        if not load_weights and where == "gpt2":  # the library's default configuration is GPT-2 small: no hub needed
+        # the library's default configuration is GPT-2 small: no hub needed
+        if not load_weights and where == "gpt2" and not Path(where).is_dir():
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(GPT2Config()), None
         with hub_or_cache() as hub:

@@ -1,0 +1,72 @@
+"""The commands of the README that want a GPU and a model hub, run as they stand on stand-ins of the same names."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import yaml
+
+from conftest import CLIP
+
+HERE = Path(__file__).parents[1]
+
+# Takes the place of `python SCRIPT`: open_clip's names stand for tiny models, its download for a file of their weights.
+STAND_INS = """
+import json, runpy, sys
+import open_clip
+from open_clip import factory
+
+clips = json.load(open("clips.json"))
+factory._MODEL_CONFIGS.update(clips)
+factory.download_pretrained = lambda cfg, **_: "clip.safetensors"
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def commands() -> list[str]:
+    """The block below the README's heading "With real weights"."""
+    section = (HERE / "README.md").read_text(encoding="utf-8").partition("## With real weights\n")[2]
+    return re.search(r"```\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ").strip().splitlines()
+
+
+@pytest.fixture
+def place(tmp_path, data_root, decoders, monkeypatch) -> Path:
+    """A working folder with the configs, `ROOT`, and a tiny `gpt2` and CLIP under the names of the published setting."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    for name, target in {"configs": HERE / "configs", "ROOT": data_root, "gpt2": decoders["gpt2"]}.items():
+        (tmp_path / name).symlink_to(target)
+    clip = CLIP | {"quick_gelu": True, "text_cfg": CLIP["text_cfg"] | {"context_length": 32, "vocab_size": 49408}}
+    save_file(open_clip.model.CLIP(**clip).state_dict(), tmp_path / "clip.safetensors")
+    names = ("ViT-L-14-quickgelu", "ViT-B-32-quickgelu")
+    (tmp_path / "clips.json").write_text(json.dumps(dict.fromkeys(names, clip)))
+    (tmp_path / "standins.py").write_text(STAND_INS)
+    return tmp_path
+
+
+def test_the_commands_for_real_weights_run_as_they_stand(place):
+    scripts = []
+    for command in commands():
+        python, script, *args = shlex.split(command)
+        assert python == "python"
+        scripts.append(script)
+        full = [sys.executable, "standins.py", str(HERE / script), *args]
+        done = subprocess.run(full, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert scripts == ["p2_train.py", "p2_inference.py", "evaluate.py"]
+    settings = yaml.safe_load((place / "runs/p2_r32/config.yaml").read_text())
+    assert (settings["encoder"]["model"], settings["decoder"]["model"], settings["lora"]["rank"]) == (
+        "ViT-L-14-quickgelu", "gpt2", 32,
+    )  # fmt: skip
+    scores = json.loads((place / "runs/p2_r32/val.scores.json").read_text())
+    assert scores["n"] == 4 and all(numpy.isfinite(score) for score in scores["corpus"].values())
+    assert done.stdout.splitlines()[-1].startswith("CIDEr: ") and "n/a" not in done.stdout
