@@ -1,16 +1,15 @@
 """The commands of the README that want a GPU and a model hub, run as they stand on stand-ins of the same names."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
 import yaml
-
 from conftest import CLIP
 
 HERE = Path(__file__).parents[1]
@@ -38,7 +37,7 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def place(tmp_path, data_root, decoders, monkeypatch) -> Path:
-    """A working folder with the configs, `ROOT`, and a tiny `gpt2` and CLIP under the names of the published setting."""
+    """A working folder with configs/, ROOT, and a tiny GPT-2 and CLIP under the published setting's names."""
     import open_clip
     from safetensors.torch import save_file
 
@@ -68,5 +67,5 @@ def test_the_commands_for_real_weights_run_as_they_stand(place):
         "ViT-L-14-quickgelu", "gpt2", 32,
     )  # fmt: skip
     scores = json.loads((place / "runs/p2_r32/val.scores.json").read_text())
-    assert scores["n"] == 4 and all(numpy.isfinite(score) for score in scores["corpus"].values())
+    assert scores["n"] == 4 and all(math.isfinite(score) for score in scores["corpus"].values())
     assert done.stdout.splitlines()[-1].startswith("CIDEr: ") and "n/a" not in done.stdout

@@ -8,8 +8,8 @@ import torch
 
 import p2_inference
 from data.annotations import read_annotations
-from demo.__main__ import real_photo, shuffled
 from data.predictions import read_predictions
+from demo.__main__ import real_photo, shuffled
 from metrics.cider import cider
 from models.checkpoint import check_checkpoint, load_captioner
 
