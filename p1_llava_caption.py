@@ -1,0 +1,115 @@
+"""P1: zero-shot captions of photos with LLaVA, several decodings for one look at each photo.
+
+    python p1_llava_caption.py --images MY_PHOTOS --output captions.json                       # LLaVA-1.5-7B, greedy
+    python p1_llava_caption.py --images MY_PHOTOS --output captions.json --quantize 4bit       # on a card of 8 GB
+    python p1_llava_caption.py --images MY_PHOTOS --output captions.json --decoding best moderate diverse
+    python p1_llava_caption.py --model SMALL_LLAVA --images MY_PHOTOS --output captions.json --device cpu
+
+With one decoding the captions go to captions.json, with several to captions.best.json and so on. A photo that cannot
+be decoded is named, skipped and counted. A stopped run goes on where it was when the same command is given again.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from common import Precision, UserError, check, library_versions, pick_device, run, torch_dtype
+from data.annotations import find_photos
+from data.journal import Journal, caption_journaled
+from models.captioner import Decoding, check_decoding
+from models.llava import PRESETS, Quantize, check_model, check_quantize, load_llava
+from models.sampling import photo_seed
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a captioning run; the defaults are the published run."""
+
+    images: Path
+    """Folder of photos, a photo, a text file with one path a line, or an annotation file."""
+    output: Path
+    """Predictions JSON to write; with several decodings NAME.DECODING.json each."""
+    overwrite: bool = False
+    """Replace an output that is there, and begin anew."""
+    model: str = "llava-hf/llava-1.5-7b-hf"
+    """A vision-language model of transformers: hub id or local folder."""
+    prompt: str = "Provide a one-sentence caption for the provided image."
+    """What the model is asked, put into its chat template; by default as LLaVA-1.5 was asked in training."""
+    decoding: list[Literal["best", "moderate", "diverse", "own"]] = field(default_factory=lambda: ["best"])
+    """best (greedy), moderate (T 0.7, top-p 0.9, top-k 50), diverse (T 0.9, top-p 0.95, top-k 100), own (as below)."""
+    own: Decoding = Decoding()
+    """The decoding named own."""
+    batch_size: PositiveInt = 8
+    """Photos captioned at a time."""
+    workers: NonNegativeInt = 2
+    """Threads that decode photos ahead."""
+    precision: Precision | Literal["auto"] = "auto"
+    """auto is bf16 on CUDA and float32 elsewhere."""
+    quantize: Quantize = "none"
+    """Hold the weights in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    seed: int = 0
+    """What sampling draws for a photo depends on this, the decoding and the photo's name."""
+    limit: PositiveInt | None = None
+    """Only the first so many photos."""
+
+
+def check_settings(cfg: Config) -> None:
+    """Raise a UserError for what is wrong with the settings alone."""
+    problems = check_model(cfg.model) + check_decoding("own", cfg.own)
+    if not cfg.decoding or len(set(cfg.decoding)) < len(cfg.decoding):
+        problems.append(f"decoding: expected different names of decodings, got {' '.join(cfg.decoding) or 'none'}")
+    if cfg.own != Decoding() and "own" not in cfg.decoding:
+        problems.append("own: is of the decoding of that name; expected own among decoding")
+    check(problems)
+
+
+def outputs(cfg: Config) -> dict[str, Path]:
+    """The predictions file of each decoding."""
+    if len(cfg.decoding) == 1:
+        return {cfg.decoding[0]: cfg.output}
+    stem = cfg.output.name.removesuffix(".json")
+    return {name: cfg.output.with_name(f"{stem}.{name}.json") for name in cfg.decoding}
+
+
+def main(cfg: Config) -> None:
+    check_settings(cfg)
+    photos, device = find_photos(cfg.images, limit=cfg.limit), pick_device(cfg.device)
+    check_quantize(cfg.quantize, device)
+    precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "float32"
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision: fp16 is not for CPUs; expected float32 or bf16")
+    decodings = {name: cfg.own if name == "own" else PRESETS[name] for name in cfg.decoding}
+    settings = {"model": cfg.model, "prompt": cfg.prompt, "precision": precision, "quantize": cfg.quantize}
+    settings |= {"seed": cfg.seed, "versions": library_versions()}
+    journals = {
+        name: Journal(path, settings | {"decoding": {"name": name} | asdict(decodings[name])}, cfg.overwrite)
+        for name, path in outputs(cfg).items()
+    }
+    llava = load_llava(cfg.model, cfg.prompt, device, torch_dtype(precision), cfg.quantize)
+
+    start = time.monotonic()
+    bad = caption_journaled(
+        photos,
+        journals,
+        lambda own, images: llava.caption(
+            images, decodings, {name: [photo_seed(cfg.seed, name, photo.stem) for photo in own] for name in decodings}
+        ),
+        cfg.batch_size,
+        cfg.workers,
+    )
+    meta = {"device": str(device), "seconds": round(time.monotonic() - start, 2)}
+    meta["skipped"] = {error.path.name: error.reason for error in bad}
+    for journal in journals.values():
+        journal.finish([photo.stem for photo in photos], meta)
+        print(f"{len(journal.captions)} captions in {journal.output}")
+    if bad:
+        print(f"{len(bad)} photos skipped")
+
+
+if __name__ == "__main__":
+    run(main, Config)
