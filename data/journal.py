@@ -28,7 +28,7 @@ class Journal:
         self.path = output.with_name(output.name.removesuffix(".json") + ".journal.jsonl")
         self.captions: dict[str, str] = {}
         self._whole = 0  # bytes of whole lines
-        check_output(output, overwrite)
+        check_output(output, overwrite or self.path.exists())  # killed between its last two steps, a run has both
         if overwrite:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():

@@ -10,6 +10,7 @@ from PIL import Image
 from common import NothingDone, UserError
 from data.annotations import find_photos
 from data.journal import Journal, caption_journaled
+from data.predictions import write_predictions
 from models.captioner import Decoding
 from models.decoder import causal_lm, fuse_lora
 from models.sampling import photo_seed
@@ -58,6 +59,20 @@ def test_a_stopped_run_ends_as_an_unbroken_one(tmp_path, photos, stop_after):
     assert not journal.exists()
     assert json.loads((tmp_path / "broken/a.meta.json").read_text())["skipped"] == ["p3.png"]
     assert list(json.loads((tmp_path / "broken/a.json").read_text())) == ["p0", "p1", "p2", "p4", "p5", "p6"]
+
+
+def test_a_run_killed_with_its_output_written_is_finished_by_the_next(tmp_path, photos, monkeypatch):
+    caption_all(tmp_path / "whole/x.json", photos)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("data.journal.Journal.finish", written_but_not_finished)
+        caption_all(tmp_path / "broken/x.json", photos)
+    assert caption_all(tmp_path / "broken/x.json", photos) == []
+    assert (tmp_path / "whole/a.json").read_bytes() == (tmp_path / "broken/a.json").read_bytes()
+
+
+def written_but_not_finished(journal: Journal, order: list[str], meta: dict) -> None:
+    write_predictions(journal.output, journal.captions, meta)
+    raise KeyboardInterrupt
 
 
 def test_a_journal_of_other_settings_is_refused_by_name(tmp_path, photos):
