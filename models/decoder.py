@@ -11,7 +11,7 @@ from torch import nn
 
 from common import UserError
 from models import packaged
-from models.hub import hub_or_cache, why
+from models.hub import hub_or_cache, means_folder, why
 
 COURSE_FILES = ("decoder_model.bin", "encoder.json", "vocab.bpe")
 
@@ -47,9 +47,8 @@ def check_decoder(config: DecoderConfig) -> list[str]:
     elif (folder / COURSE_FILES[0]).exists():
         missing = [name for name in COURSE_FILES if not (folder / name).is_file()]
         return [f"decoder.model: {folder} holds {COURSE_FILES[0]} but not {', '.join(missing)}"] if missing else []
-    elif folder.is_dir() or config.model.startswith((".", "~", "/")) or config.model.count("/") > 1:
-        if not (folder / "config.json").is_file():
-            return [f"decoder.model: {folder}: no such model folder (neither config.json nor {COURSE_FILES[0]} in it)"]
+    elif means_folder(config.model) and not (folder / "config.json").is_file():
+        return [f"decoder.model: {folder}: no such model folder (neither config.json nor {COURSE_FILES[0]} in it)"]
     return []
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -35,6 +36,11 @@ def hub_or_cache(seconds: float = 5.0) -> Iterator[bool]:
             yield not constants.HF_HUB_OFFLINE
     finally:
         constants.HF_HUB_OFFLINE = offline
+
+
+def means_folder(model: str) -> bool:
+    """Whether a model's name can only mean a local folder, or is one: a hub id is NAME or OWNER/NAME."""
+    return Path(model).is_dir() or model.startswith((".", "~", "/")) or model.count("/") > 1
 
 
 def why(error: Exception, hub: bool) -> str:

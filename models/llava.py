@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common import UserError
 from models.captioner import Decoding
-from models.hub import hub_or_cache, quiet, why
+from models.hub import hub_or_cache, means_folder, quiet, why
 from models.sampling import samplers
 
 # Published settings of the three decodings.
@@ -89,10 +89,8 @@ class Llava(nn.Module):
 
 def check_model(model: str) -> list[str]:
     """What can be seen to be wrong with a model's name before anything loads."""
-    folder = Path(model)
-    if folder.is_dir() or model.startswith((".", "~", "/")) or model.count("/") > 1:
-        if not (folder / "config.json").is_file():
-            return [f"model: {folder}: expected a hub id or a model folder, found no config.json in it"]
+    if means_folder(model) and not (Path(model) / "config.json").is_file():
+        return [f"model: {Path(model)}: expected a hub id or a model folder, found no config.json in it"]
     return []
 
 
