@@ -218,27 +218,17 @@ class Captioner(nn.Module):
 
         All photos have equally long prefixes, so that nothing is padded.
         """
-        from transformers import GenerationConfig
-
-        from models.sampling import samplers
+        from models.sampling import generate_arguments
 
         lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
         image = self.prefix(features)
         first = lm.get_input_embeddings()(torch.full((len(image), 1), eos, device=image.device))
         inputs = torch.cat([image, first], dim=1)
-        settings = GenerationConfig(
-            max_new_tokens=decoding.max_new_tokens,
-            num_beams=decoding.num_beams,
-            do_sample=False,  # models.sampling draws
-            eos_token_id=eos,
-            pad_token_id=eos,
-        )
         mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=image.device)
         ids = lm.generate(
             inputs_embeds=inputs,
             attention_mask=mask,
-            generation_config=settings,
-            logits_processor=samplers(decoding, seeds),
+            **generate_arguments(decoding, seeds, eos, pad=eos),
         )
         return [" ".join(text.split()) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 

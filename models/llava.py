@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common import UserError
 from models.captioner import Decoding
 from models.hub import hub_or_cache, means_folder, quiet, why
-from models.sampling import samplers
+from models.sampling import generate_arguments
 
 # Published settings of the three decodings.
 PRESETS = {
@@ -49,27 +49,18 @@ class Llava(nn.Module):
         self, images: Sequence[Image.Image], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
     ) -> dict[str, list[str]]:
         """B photos -> B captions for each decoding's name; `seeds[name]` are the B seeds that sampling draws by."""
-        from transformers import GenerationConfig
-
         inputs = self.inputs(images)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         cache = self._prefill(inputs)
         eos, pad = self.model.generation_config.eos_token_id, self.processor.tokenizer.pad_token_id
+        eos = self.processor.tokenizer.eos_token_id if eos is None else eos
         captions = {}
         for name, decoding in decodings.items():
-            settings = GenerationConfig(
-                max_new_tokens=decoding.max_new_tokens,
-                num_beams=decoding.num_beams,
-                do_sample=False,  # models.sampling draws
-                eos_token_id=self.processor.tokenizer.eos_token_id if eos is None else eos,
-                pad_token_id=pad,
-            )
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=copy.deepcopy(cache),
-                generation_config=settings,
-                logits_processor=samplers(decoding, seeds[name]),
+                **generate_arguments(decoding, seeds[name], eos, pad),
             )
             own = out[:, ids.shape[1] :]  # by position: a prompt's text may come back in a caption
             texts = self.processor.batch_decode(own, skip_special_tokens=True)

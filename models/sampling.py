@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from models.captioner import Decoding
@@ -46,3 +46,15 @@ def samplers(decoding: Decoding, seeds: Sequence[int]) -> LogitsProcessorList:
     if decoding.top_p < 1.0:
         chosen.append(TopPLogitsWarper(float(decoding.top_p)))
     return LogitsProcessorList([*chosen, GumbelNoise(seeds)])
+
+
+def generate_arguments(decoding: Decoding, seeds: Sequence[int], eos: int | list[int], pad: int) -> dict[str, object]:
+    """What transformers' `generate` is told so that it decodes as `decoding` says, a row by each of `seeds`."""
+    settings = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        num_beams=decoding.num_beams,
+        do_sample=False,  # the samplers draw
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+    return {"generation_config": settings, "logits_processor": samplers(decoding, seeds)}
