@@ -283,6 +283,19 @@ def pick_device(name: str):
     return device
 
 
+def weights_hash(about: str, net) -> str:
+    """Hash of every weight of a torch module and of `about`, which says what else decides its output."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.blake2b(about.encode(), digest_size=10)
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def torch_dtype(precision: Precision):
     """The torch dtype of a `precision` setting."""
     import torch

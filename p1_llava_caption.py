@@ -9,18 +9,18 @@ With one decoding the captions go to captions.json, with several to captions.bes
 be decoded is named, skipped and counted. A stopped run goes on where it was when the same command is given again.
 """
 
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from PIL import Image
 
 from common import Precision, UserError, check, library_versions, pick_device, run, torch_dtype
-from data.annotations import find_photos
+from data.annotations import Photo, find_photos
 from data.journal import Journal, caption_journaled
 from models.captioner import Decoding, check_decoding
-from models.llava import PRESETS, Quantize, check_model, check_quantize, load_llava
+from models.llava import PRESETS, PROMPT, Quantize, check_model, check_quantize, load_llava
 from models.sampling import photo_seed
 
 
@@ -36,7 +36,7 @@ class Config:
     """Replace an output that is there, and begin anew."""
     model: str = "llava-hf/llava-1.5-7b-hf"
     """A vision-language model of transformers: hub id or local folder."""
-    prompt: str = "Provide a one-sentence caption for the provided image."
+    prompt: str = PROMPT
     """What the model is asked, put into its chat template; by default as LLaVA-1.5 was asked in training."""
     decoding: list[Literal["best", "moderate", "diverse", "own"]] = field(default_factory=lambda: ["best"])
     """best (greedy), moderate (T 0.7, top-p 0.9, top-k 50), diverse (T 0.9, top-p 0.95, top-k 100), own (as below)."""
@@ -84,31 +84,17 @@ def main(cfg: Config) -> None:
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision: fp16 is not for CPUs; expected float32 or bf16")
     decodings = {name: cfg.own if name == "own" else PRESETS[name] for name in cfg.decoding}
-    settings = {"model": cfg.model, "prompt": cfg.prompt, "precision": precision, "quantize": cfg.quantize}
-    settings |= {"seed": cfg.seed, "versions": library_versions()}
-    journals = {
-        name: Journal(path, settings | {"decoding": {"name": name} | asdict(decodings[name])}, cfg.overwrite)
-        for name, path in outputs(cfg).items()
-    }
+    common = {"model": cfg.model, "prompt": cfg.prompt, "precision": precision, "quantize": cfg.quantize}
+    common |= {"seed": cfg.seed, "versions": library_versions()}
+    settings = {name: common | {"decoding": {"name": name} | asdict(decodings[name])} for name in decodings}
+    journal = Journal(cfg.output, outputs(cfg), settings, cfg.overwrite)
     llava = load_llava(cfg.model, cfg.prompt, device, torch_dtype(precision), cfg.quantize)
 
-    start = time.monotonic()
-    bad = caption_journaled(
-        photos,
-        journals,
-        lambda own, images: llava.caption(
-            images, decodings, {name: [photo_seed(cfg.seed, name, photo.stem) for photo in own] for name in decodings}
-        ),
-        cfg.batch_size,
-        cfg.workers,
-    )
-    meta = {"device": str(device), "seconds": round(time.monotonic() - start, 2)}
-    meta["skipped"] = {error.path.name: error.reason for error in bad}
-    for journal in journals.values():
-        journal.finish([photo.stem for photo in photos], meta)
-        print(f"{len(journal.captions)} captions in {journal.output}")
-    if bad:
-        print(f"{len(bad)} photos skipped")
+    def caption(own: list[Photo], images: list[Image.Image]) -> dict[str, list[str]]:
+        seeds = {name: [photo_seed(cfg.seed, name, photo.stem) for photo in own] for name in decodings}
+        return llava.caption(images, decodings, seeds)
+
+    caption_journaled(photos, journal, caption, cfg.batch_size, cfg.workers, {"device": str(device)})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ captions.meta.json beside it. A photo that cannot be decoded is named, skipped a
 where it was when the same command is given again.
 """
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from PIL import Image
 from common import Precision, check, library_versions, pick_device, run, torch_dtype
 from data.annotations import Photo, find_photos
 from data.journal import Journal, caption_journaled
-from models.captioner import Captioner, Decoding, check_decoding
+from models.captioner import Decoding, check_decoding
 from models.checkpoint import find_checkpoint, load_captioner
 from models.sampling import photo_seed
 
@@ -52,40 +51,26 @@ class Config:
     """Only the first so many photos."""
 
 
-def caption_batch(
-    captioner: Captioner, photos: list[Photo], images: list[Image.Image], decoding: Decoding, seed: int
-) -> list[str]:
-    """Captions of a batch of decoded photos. The captioner's LoRA should be merged."""
-    pixels = torch.stack([captioner.encoder.transform(image) for image in images])
-    features = captioner.encoder(pixels.to(captioner.encoder.device))  # (B, P, D)
-    return captioner.caption(features, decoding, [photo_seed(seed, photo.stem) for photo in photos])
-
-
 def main(cfg: Config) -> None:
     check(check_decoding("decoding", cfg.decoding))
     photos = find_photos(cfg.images, limit=cfg.limit)
     folder, device = find_checkpoint(cfg.checkpoint), pick_device(cfg.device)
     settings = {"checkpoint": folder, "decoding": asdict(cfg.decoding), "precision": cfg.precision, "seed": cfg.seed}
-    journal = Journal(cfg.output, settings | {"versions": library_versions()}, cfg.overwrite)
+    settings |= {"versions": library_versions()}
+    journal = Journal(cfg.output, {"": cfg.output}, {"": settings}, cfg.overwrite)
     captioner = load_captioner(folder).merge()
     captioner.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
     captioner.encoder.to(device)
     captioner.projector.to(device)
     captioner.decoder.to(device, torch_dtype(cfg.precision))
 
-    start = time.monotonic()
-    bad = caption_journaled(
-        photos,
-        {"": journal},
-        lambda own, images: {"": caption_batch(captioner, own, images, cfg.decoding, cfg.seed)},
-        cfg.batch_size,
-        cfg.workers,
-    )
-    journal.finish([photo.stem for photo in photos], {
-        "captioner": asdict(captioner.config), "device": str(device), "seconds": round(time.monotonic() - start, 2),
-        "skipped": {error.path.name: error.reason for error in bad},
-    })  # fmt: skip
-    print(f"{len(journal.captions)} captions in {cfg.output}" + (f", {len(bad)} photos skipped" if bad else ""))
+    def caption(own: list[Photo], images: list[Image.Image]) -> dict[str, list[str]]:
+        pixels = torch.stack([captioner.encoder.transform(image) for image in images])
+        features = captioner.encoder(pixels.to(device))  # (B, P, D)
+        return {"": captioner.caption(features, cfg.decoding, [photo_seed(cfg.seed, photo.stem) for photo in own])}
+
+    meta = {"captioner": asdict(captioner.config), "device": str(device)}
+    caption_journaled(photos, journal, caption, cfg.batch_size, cfg.workers, meta)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Captioning that survives a kill: every finished photo goes to a journal, the final JSON is written in one step.
+"""Captioning that survives a kill: every finished photo goes to a journal, the outputs are written when all are done.
 
-`NAME.journal.jsonl` beside the output `NAME.json` holds the run's settings in its first line, then a line
-[stem, caption] for each photo. It goes when the output stands.
+`NAME.journal.jsonl` beside the output `NAME.json` holds the run's settings in its first line, then for each photo a
+line [stem, {name of the decoding: caption}]. It goes when the outputs stand.
 """
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,14 +22,21 @@ from data.predictions import write_predictions
 
 
 class Journal:
-    """The captions of one output so far. Raises UserError where it exists, or was begun under other settings."""
+    """The captions of one run so far, of one decoding or several.
 
-    def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool = False):
-        self.output, self.settings = output, json.loads(json.dumps(settings, default=str))
+    `outputs` are the predictions files by the name of the decoding, `settings` what each was made with. Raises
+    UserError where an output exists, or the run was begun under other settings.
+    """
+
+    def __init__(
+        self, output: Path, outputs: dict[str, Path], settings: dict[str, dict[str, Any]], overwrite: bool = False
+    ):
         self.path = output.with_name(output.name.removesuffix(".json") + ".journal.jsonl")
-        self.captions: dict[str, str] = {}
+        self.outputs, self.settings = outputs, json.loads(json.dumps(settings, default=str))
+        self.captions: dict[str, dict[str, str]] = {}  # by stem, then by name
         self._whole = 0  # bytes of whole lines
-        check_output(output, overwrite or self.path.exists())  # killed between its last two steps, a run has both
+        for file in outputs.values():
+            check_output(file, overwrite or self.path.exists())  # killed between its last two steps, a run has both
         if overwrite:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
@@ -41,57 +49,69 @@ class Journal:
         if not lines:
             return
         try:
-            before, *pairs = map(json.loads, lines)
-            self.captions = dict(pairs)
-        except (ValueError, TypeError):
+            before, *photos = map(json.loads, lines)
+            self.captions = {stem: {name: captions[name] for name in before} for stem, captions in photos}
+            changed = _changed(before, self.settings)
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"output: {self.path} is no journal of captions; --overwrite begins anew") from None
-        changed = [key for key in before.keys() | self.settings.keys() if before.get(key) != self.settings.get(key)]
         if changed:
-            key = min(changed)
-            raise UserError(
-                f"output: {self.path} was begun with {key} {before.get(key)}, now {self.settings.get(key)}; "
-                "--overwrite begins anew"
-            )
+            raise UserError(f"output: {self.path} was begun with {changed}; --overwrite begins anew")
 
     def open(self) -> None:
         """Be ready to append behind the last whole line."""
-        self.file = self.path.open("a", encoding="utf-8")
-        self.file.truncate(self._whole)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._file.truncate(self._whole)
         if not self._whole:
             self._write(self.settings)
 
     def _write(self, value: Any) -> None:
-        self.file.write(json.dumps(value) + "\n")
-        self.file.flush()
+        self._file.write(json.dumps(value) + "\n")
+        self._file.flush()
 
-    def append(self, stem: str, caption: str) -> None:
-        if stem not in self.captions:
-            self.captions[stem] = caption
-            self._write((stem, caption))
+    def append(self, stem: str, captions: dict[str, str]) -> None:
+        """Keep the captions of one photo, by name."""
+        self.captions[stem] = captions
+        self._write((stem, captions))
 
     def finish(self, order: Sequence[str], meta: dict[str, Any]) -> None:
-        """Write the output, in the photos' `order`, and drop the journal."""
-        self.file.close()
-        captions = {stem: self.captions[stem] for stem in order if stem in self.captions}
-        write_predictions(self.output, captions, self.settings | meta)
+        """Write the outputs, in the photos' `order`, and drop the journal."""
+        self._file.close()
+        done = [stem for stem in order if stem in self.captions]
+        for name, file in self.outputs.items():
+            captions = {stem: self.captions[stem][name] for stem in done}
+            write_predictions(file, captions, self.settings[name] | meta)
+            print(f"{len(captions)} captions in {file}")
         self.path.unlink()
+
+
+def _changed(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> str:
+    """The first setting that differs, as `KEY OLD, now NEW`; empty where none does."""
+    if before.keys() != now.keys():
+        return f"decoding {' '.join(before)}, now {' '.join(now)}"
+    for name in now:
+        for key in sorted(before[name].keys() | now[name].keys()):
+            if before[name].get(key) != now[name].get(key):
+                return f"{key} {before[name].get(key)}, now {now[name].get(key)}"
+    return ""
 
 
 def caption_journaled(
     photos: Sequence[Photo],
-    journals: dict[str, Journal],
+    journal: Journal,
     caption: Callable[[list[Photo], list[Image.Image]], dict[str, list[str]]],
     batch_size: int,
     workers: int,
-) -> list[BadPhoto]:
-    """Caption the photos that some journal lacks, `batch_size` at a time; photos are decoded ahead by `workers`.
+    meta: dict[str, Any],
+) -> None:
+    """Caption the photos that the journal lacks, `batch_size` at a time, and write the outputs.
 
-    `caption` gives for each journal's name the captions of a batch. A photo that cannot be decoded is named on stderr,
-    skipped, and returned. Raises NothingDone where no photo could be captioned.
+    `caption` gives for each name of the journal the captions of a batch; photos are decoded ahead by `workers`. A photo
+    that cannot be decoded is named on stderr, skipped and counted. `meta` goes beside the outputs with the seconds
+    that this took and the photos skipped. Raises NothingDone where no photo could be captioned.
     """
-    for journal in journals.values():
-        journal.open()
-    left = [photo for photo in photos if any(photo.stem not in journal.captions for journal in journals.values())]
+    start = time.monotonic()
+    journal.open()
+    left = [photo for photo in photos if photo.stem not in journal.captions]
     bad: list[BadPhoto] = []
     with tqdm(total=len(photos), initial=len(photos) - len(left), desc="caption", unit="photo") as bar:
 
@@ -107,10 +127,15 @@ def caption_journaled(
         pairs = readable()
         while batch := list(islice(pairs, batch_size)):
             own = [photo for photo, _ in batch]
-            for name, captions in caption(own, [image for _, image in batch]).items():
-                for photo, text in zip(own, captions):
-                    journals[name].append(photo.stem, text)
+            named = caption(own, [image for _, image in batch])
+            for i, photo in enumerate(own):
+                journal.append(photo.stem, {name: captions[i] for name, captions in named.items()})
             bar.update(len(batch))
     if len(bad) == len(photos):
         raise NothingDone(f"none of {len(photos)} photos could be decoded")
-    return bad
+    skipped = {error.path.name: error.reason for error in bad}
+    journal.finish(
+        [photo.stem for photo in photos], meta | {"seconds": round(time.monotonic() - start, 2), "skipped": skipped}
+    )
+    if bad:
+        print(f"{len(bad)} photo{'s' * (len(bad) > 1)} skipped: {', '.join(skipped)}")

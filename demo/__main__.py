@@ -1,7 +1,8 @@
 """The whole suite at work with no download: `make demo`, or `python -m demo`.
 
-Draws scenes, trains the stand-ins and a captioner of the scenes, captions the validation scenes and a real photo,
-scores, and leaves everything in runs/demo with `summary.json`. Each step is a command that could be typed by hand.
+Draws scenes, trains the stand-ins, captions the validation scenes with LLaVA's, trains a captioner of the scenes,
+captions with it and a real photo with the one that ships, scores, and leaves everything in runs/demo with
+`summary.json`. Each step is a command that could be typed by hand.
 """
 
 import json
@@ -17,7 +18,8 @@ from data.predictions import read_predictions
 from demo.shapes import pair_scores
 
 ROOT = Path("runs/demo")
-SHAPES, CLIP = ROOT / "shapes", ROOT / "standins/clip"
+SHAPES, CLIP, LLAVA = ROOT / "shapes", ROOT / "standins/clip", ROOT / "standins/llava"
+DECODINGS = ("best", "moderate", "diverse")
 VAL = f"{SHAPES}/val.json"
 
 
@@ -57,7 +59,12 @@ def corpus(predictions: Path) -> dict[str, float]:
 def main() -> None:
     run, captions, photo = ROOT / "p2", ROOT / "val.json", real_photo()
     step("Draw scenes of coloured shapes", f"-m demo.shapes --output {SHAPES}")
-    step("Train the stand-ins for CLIP and GPT-2", f"-m demo.standins --data {SHAPES} --output {ROOT}/standins")
+    step("Train the stand-ins for CLIP, GPT-2 and LLaVA", f"-m demo.standins --data {SHAPES} --output {ROOT}/standins")
+    step(
+        "P1: caption the validation scenes with LLaVA, three decodings for one look at each",
+        f"p1_llava_caption.py --model {LLAVA} --images {SHAPES}/images/val --output {ROOT}/llava.json "
+        f"--decoding {' '.join(DECODINGS)} --overwrite",
+    )
     step(
         "P2: train a captioner of the scenes, in two stages",
         f"p2_train.py --config configs/shapes.yaml --data {SHAPES} --output {run} --overwrite",
@@ -69,9 +76,14 @@ def main() -> None:
     score = f"--annotations {VAL} --images {SHAPES}/images/val --clip_model local-dir:{CLIP}"
     step("Score the captions", f"evaluate.py --predictions {captions} {score}")
     step("Score them again, shuffled among the scenes", f"evaluate.py --predictions {shuffled(captions)} {score}")
+    llava = {name: ROOT / f"llava.{name}.json" for name in DECODINGS}
+    for name, file in llava.items():
+        step(f"Score LLaVA's captions, {name}", f"evaluate.py --predictions {file} {score}")
     own, other = corpus(captions), corpus(ROOT / "val_shuffled.json")
     pairs = pair_scores(read_predictions(captions), SHAPES / "instances_val.json")
-    write_json(ROOT / "summary.json", {"cider": own["cider"], "cider_shuffled": other["cider"], **pairs})
+    summary = {"cider": own["cider"], "cider_shuffled": other["cider"], **pairs}
+    summary |= {f"cider_llava_{name}": corpus(file)["cider"] for name, file in llava.items()}
+    write_json(ROOT / "summary.json", summary)
 
     step(
         "P2: caption a real photo with the captioner that ships",
@@ -86,6 +98,10 @@ def main() -> None:
     print(f"{'things of the scene named':28}{pairs['pairs_found']:>18.1%}")
     for stem, caption in list(read_predictions(captions).items())[:3]:
         print(f"  {stem}: {caption}")
+    print("\n=== LLaVA, three decodings of one scene")
+    for name, file in llava.items():
+        stem, caption = next(iter(read_predictions(file).items()))
+        print(f"  {stem}, {name + ':':10} {caption:60} CIDEr-D of all {summary[f'cider_llava_{name}']:.3f}")
     print(f"\n=== A real photo\n  {photo.name}: {read_predictions(ROOT / 'photo.json')[photo.stem]}")
     print(f"\nFiles: {captions}, {captions.with_suffix('.scores.json')}, {run}/loss.png, {ROOT}/summary.json")
 

@@ -2,9 +2,10 @@
 
     python -m demo.standins --data runs/demo/shapes --output runs/demo/standins
 
-OUTPUT/clip loads as `open_clip.create_model_and_transforms("local-dir:OUTPUT/clip")`, and OUTPUT/gpt2 through
-transformers' `AutoModelForCausalLM` and `AutoTokenizer`. Both learn from the drawn training scenes alone, in about
-two and a half minutes on one CPU core; a folder made from the same scenes with the same settings is left as it is.
+OUTPUT/clip loads as `open_clip.create_model_and_transforms("local-dir:OUTPUT/clip")`, OUTPUT/gpt2 through transformers'
+`AutoModelForCausalLM` and `AutoTokenizer`, OUTPUT/llava through `AutoModelForImageTextToText` and `AutoProcessor`. They
+learn from the drawn training scenes alone, in about five minutes on two CPU cores; a folder made from the same scenes
+with the same settings is left as it is.
 """
 
 import hashlib
@@ -21,6 +22,8 @@ from tqdm import tqdm
 
 from common import UserError, check, run, seed_everything, write_json
 from demo.shapes import CELL, is_made, made_whole, named_pairs
+from models.captioner import pack_rows, prefix_mask
+from models.llava import PROMPT
 
 CLIP = {
     "embed_dim": 128,
@@ -28,6 +31,14 @@ CLIP = {
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 3},
 }
 GPT2 = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256}
+LLAMA = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 512}
+# LLaVA-1.5's, but for the line break behind the image, which so small a vocabulary does not hold
+CHAT_TEMPLATE = (
+    "{% for message in messages %}USER: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %} ASSISTANT:"
+)
 VOCABULARY = 512
 EOS = "<|endoftext|>"
 IGNORED = -100  # the label that cross-entropy leaves out
@@ -38,13 +49,15 @@ class Config:
     data: Path
     """Folder that `python -m demo.shapes` has drawn."""
     output: Path
-    """Folder to write `clip/` and `gpt2/` into."""
-    things_steps: PositiveInt = 250
+    """Folder to write `clip/`, `gpt2/` and `llava/` into."""
+    things_steps: PositiveInt = 500
     """First training steps of the CLIP, 64 single things each."""
-    scenes_steps: PositiveInt = 150
+    scenes_steps: PositiveInt = 300
     """Last training steps of the CLIP, 64 whole scenes each."""
     gpt2_steps: PositiveInt = 200
     """Training steps of the GPT-2, 64 captions each."""
+    llava_steps: PositiveInt = 900
+    """Training steps of the LLaVA, all captions of 16 scenes each."""
     seed: NonNegativeInt = 0
     """Seed of the weights and of the order of the scenes."""
     overwrite: bool = False
@@ -65,14 +78,16 @@ def read_split(root: Path, split: str) -> tuple[list[Path], list[list[str]]]:
     return photos, list(captions.values())
 
 
-def fit(model: torch.nn.Module, loss_of: Callable, count: int, steps: int, lr: float, label: str) -> None:
-    """Minimise `loss_of(batch)` over shuffled batches of 64 indices below `count`, behind a progress bar.
+def fit(
+    model: torch.nn.Module, loss_of: Callable, count: int, steps: int, lr: float, label: str, batch_size: int = 64
+) -> None:
+    """Minimise `loss_of(batch)` over shuffled batches of indices below `count`, behind a progress bar.
 
     AdamW; the learning rate rises to `lr` over the first tenth of the steps and falls along a cosine.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    size = min(64, count)
+    size = min(batch_size, count)
     order = torch.empty(0, dtype=torch.long)
     model.train()
     with tqdm(range(steps), desc=label, unit="step") as bar:
@@ -206,18 +221,6 @@ def train_tokenizer(captions: list[str]):
     )
 
 
-def language_batch(rows: list[list[int]], eos: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels (N, L) of `EOS caption EOS`, padded with EOS whose label is left out.
-
-    >>> language_batch([[5, 6], [7]], eos=0)[1].tolist()
-    [[-100, 5, 6, 0], [-100, 7, 0, -100]]
-    """
-    longest = max(map(len, rows))
-    inputs = [[eos, *row, eos] + [eos] * (longest - len(row)) for row in rows]
-    labels = [[IGNORED, *row, eos] + [IGNORED] * (longest - len(row)) for row in rows]
-    return torch.tensor(inputs), torch.tensor(labels)
-
-
 def train_gpt2(folder: Path, captions: list[str], steps: int) -> None:
     """Train a GPT-2 (Radford et al. 2019) on `EOS caption EOS`; write transformers' own form, tokenizer included.
 
@@ -232,14 +235,130 @@ def train_gpt2(folder: Path, captions: list[str], steps: int) -> None:
     rows = tokenizer(captions)["input_ids"]
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
-        inputs, labels = language_batch([rows[i] for i in batch], eos)
-        starts = torch.randint(GPT2["n_positions"] - inputs.shape[1], (len(inputs), 1))
-        logits = model(input_ids=inputs, position_ids=starts + torch.arange(inputs.shape[1])).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        packed = pack_rows([[rows[i]] for i in batch], eos)
+        starts = torch.randint(GPT2["n_positions"] - packed.positions.shape[1], (len(batch), 1))
+        logits = model(input_ids=packed.input_ids, position_ids=starts + packed.positions).logits  # (B, L, V)
+        return F.cross_entropy(logits.flatten(0, 1), packed.labels.flatten(), ignore_index=IGNORED)
 
     fit(model, loss_of, len(rows), steps, lr=2e-3, label="GPT-2")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------- LLaVA
+
+
+def train_llava_tokenizer(captions: list[str]):
+    """Llama's kind of tokenizer, SentencePiece BPE, with its merges learnt from the captions and the prompt."""
+    from tokenizers import SentencePieceBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = SentencePieceBPETokenizer()
+    asked = [f"USER: {PROMPT} ASSISTANT:"] * 200  # often enough for whole words
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    pieces.train_from_iterator(captions + asked, VOCABULARY, special_tokens=special, show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces._tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+
+
+def llava_processor(tokenizer, image_size: int, patch_size: int, **normal):
+    """LLaVA-1.5's processor: short edge to `image_size`, centre crop, and an image token for every patch."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    crop = {"height": image_size, "width": image_size}
+    return LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=crop, **normal), tokenizer,
+        patch_size=patch_size, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+def build_llava(tokenizer, vision: dict, text: dict, layer: int = -2):
+    """A LLaVA with random weights: a CLIP tower and a Llama of these shapes; patch features from its `layer`."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids |= {"pad_token_id": tokenizer.pad_token_id}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(vocab_size=len(tokenizer), **text, **ids),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=layer,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.update(**ids)
+    return model
+
+
+VISION_NAMES = (  # open_clip's, transformers'
+    ("conv1", "embeddings.patch_embedding"), ("class_embedding", "embeddings.class_embedding"),
+    ("positional_embedding", "embeddings.position_embedding.weight"), ("ln_pre", "pre_layrnorm"),
+    ("transformer.resblocks", "encoder.layers"), ("ln_post", "post_layernorm"), ("ln_", "layer_norm"),
+    (".attn.", ".self_attn."), ("c_fc", "fc1"), ("c_proj", "fc2"),
+)  # fmt: skip
+
+
+def vision_weights(visual: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of open_clip's photo tower under the names of transformers' CLIPVisionModel."""
+    weights = {}
+    for name, tensor in visual.state_dict().items():
+        for theirs, ours in VISION_NAMES:
+            name = name.replace(theirs, ours)
+        if "in_proj_" in name:
+            weights |= {name.replace("in_proj_", f"{part}_proj."): third for part, third in zip("qkv", tensor.chunk(3))}
+        elif name != "proj":
+            weights[name] = tensor
+    return weights
+
+
+def train_llava(folder: Path, clip: Path, root: Path, steps: int) -> None:
+    """Train a LLaVA (Liu et al. 2023) of the CLIP's photo tower, frozen, and a small Llama; write transformers' form.
+
+    Projector and Llama learn at once, from the prompt and all captions of a scene in one row.
+    """
+    import open_clip
+
+    photos, captions = read_split(root, "train")
+    tokenizer = train_llava_tokenizer([text for texts in captions for text in texts])
+    image, eos = tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id
+    size, width = CLIP["vision_cfg"], CLIP["vision_cfg"]["width"]
+    vision = {
+        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": size["layers"], "hidden_act": "gelu",
+        "num_attention_heads": width // size["head_width"],
+        "image_size": size["image_size"], "patch_size": size["patch_size"],
+    }  # fmt: skip
+    model = build_llava(tokenizer, vision, LLAMA, layer=-1)
+    judge, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clip}")
+    parts = model.model
+    parts.vision_tower.load_state_dict(vision_weights(judge.visual))
+    parts.vision_tower.requires_grad_(False)
+    normal = {"image_mean": open_clip.OPENAI_DATASET_MEAN, "image_std": open_clip.OPENAI_DATASET_STD}
+    processor = llava_processor(tokenizer, size["image_size"], size["patch_size"], **normal)
+
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(Image.open(photo)) for photo in tqdm(photos, desc="reading", unit="scene")])
+        features = torch.cat([parts.vision_tower(some).last_hidden_state[:, 1:] for some in pixels.split(64)])
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}
+    prompt = tokenizer(processor.apply_chat_template([turn], add_generation_prompt=True))["input_ids"]
+    place, rows = prompt.index(image), [tokenizer(texts)["input_ids"] for texts in captions]
+    embed = model.get_input_embeddings()
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        patches = parts.multi_modal_projector(features[batch])  # (B, P, D)
+        prefix = embed(torch.tensor(prompt[:-1])).expand(len(batch), -1, -1)
+        prefix = torch.cat([prefix[:, :place], patches, prefix[:, place + 1 :]], dim=1)
+        packed, length = pack_rows([rows[i] for i in batch], eos, first=prompt[-1]), prefix.shape[1]
+        hidden = parts.language_model(
+            inputs_embeds=torch.cat([prefix, embed(packed.input_ids)], dim=1),
+            attention_mask=prefix_mask(packed.segments, length, prefix.dtype),
+            position_ids=torch.cat([torch.arange(length).expand(len(batch), -1), length + packed.positions], dim=1),
+        ).last_hidden_state[:, length:]
+        learnt = packed.labels != IGNORED
+        return F.cross_entropy(model.lm_head(hidden[learnt]), packed.labels[learnt])
+
+    fit(model, loss_of, len(photos), steps, lr=2e-3, label="LLaVA", batch_size=16)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -252,6 +371,7 @@ def main(cfg: Config) -> None:
     made_from = {"scenes": drawn, "seed": cfg.seed}
     clip_settings = made_from | {"steps": [cfg.things_steps, cfg.scenes_steps], "model": CLIP}
     gpt2_settings = made_from | {"steps": cfg.gpt2_steps, "model": GPT2, "vocabulary": VOCABULARY}
+    llava_settings = made_from | {"steps": cfg.llava_steps, "model": LLAMA, "clip": clip_settings}
 
     if cfg.overwrite or not is_made(cfg.output / "clip", clip_settings):
         seed_everything(cfg.seed)
@@ -265,6 +385,12 @@ def main(cfg: Config) -> None:
         with made_whole(cfg.output / "gpt2", gpt2_settings, cfg.overwrite) as folder:
             train_gpt2(folder, [text for texts in captions for text in texts], cfg.gpt2_steps)
     print(f"{cfg.output / 'gpt2'}: writes captions of scenes")
+
+    if cfg.overwrite or not is_made(cfg.output / "llava", llava_settings):
+        seed_everything(cfg.seed)
+        with made_whole(cfg.output / "llava", llava_settings, cfg.overwrite) as folder:
+            train_llava(folder, cfg.output / "clip", cfg.data, cfg.llava_steps)
+    print(f"{cfg.output / 'llava'}: writes captions of scenes that it sees")
 
 
 if __name__ == "__main__":

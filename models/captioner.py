@@ -83,8 +83,8 @@ class Rows:
         return Rows(*(getattr(self, name).to(device) for name in ("input_ids", "labels", "positions", "segments")))
 
 
-def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int) -> Rows:
-    """Pack each photo's tokenised captions into one row.
+def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int, first: int | None = None) -> Rows:
+    """Pack each photo's tokenised captions into one row; every caption begins behind `first`, EOS without it.
 
     >>> rows = pack_rows([[[5, 6, 7], [8]]], eos=0)
     >>> rows.input_ids.tolist(), rows.labels.tolist()
@@ -92,6 +92,7 @@ def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int) -> Rows:
     >>> rows.positions.tolist(), rows.segments.tolist()
     ([[0, 1, 2, 3, 0, 1]], [[1, 1, 1, 1, 2, 2]])
     """
+    first = eos if first is None else first
     length = max(sum(len(caption) + 1 for caption in row) for row in rows)
     packed = Rows(
         input_ids=torch.full((len(rows), length), eos),
@@ -103,7 +104,7 @@ def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int) -> Rows:
         start = 0
         for number, caption in enumerate(row, start=1):
             place = slice(start, start + len(caption) + 1)
-            packed.input_ids[b, place] = torch.tensor([eos, *caption])
+            packed.input_ids[b, place] = torch.tensor([first, *caption])
             packed.labels[b, place] = torch.tensor([*caption, eos])
             packed.positions[b, place] = torch.arange(len(caption) + 1)
             packed.segments[b, place] = number
@@ -218,7 +219,7 @@ class Captioner(nn.Module):
 
         All photos have equally long prefixes, so that nothing is padded.
         """
-        from models.sampling import generate_arguments
+        from models.sampling import generation_config, samplers
 
         lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
         image = self.prefix(features)
@@ -228,7 +229,8 @@ class Captioner(nn.Module):
         ids = lm.generate(
             inputs_embeds=inputs,
             attention_mask=mask,
-            **generate_arguments(decoding, seeds, eos, pad=eos),
+            generation_config=generation_config(decoding, eos, pad=eos),
+            logits_processor=samplers(decoding, seeds),
         )
         return [" ".join(text.split()) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 

@@ -3,7 +3,6 @@
 timm and open_clip build the networks; this file gives both one form: (B, 3, H, W) pixels -> (B, P, D) features.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common import UserError
+from common import UserError, weights_hash
 from models import packaged
 from models.hub import hub_or_cache, quiet, why
 
@@ -137,11 +136,7 @@ class FrozenEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Hash of all that decides a feature: architecture, settings, transform and every weight."""
-        digest = hashlib.blake2b(repr((self.config, self.transform)).encode(), digest_size=10)
-        for name, tensor in self.net.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return weights_hash(repr((self.config, self.transform)), self.net)
 
 
 def build_encoder(config: EncoderConfig, load_weights: bool = True) -> FrozenEncoder:

@@ -1,6 +1,7 @@
 """LLaVA: zero-shot captions of photos, several decodings for one look at them (Liu et al. 2023, arXiv 2310.03744).
 
-The photos are encoded and the prompt prefilled once; each decoding goes on from a copy of the cache of keys and values.
+The photos are encoded and the prompt prefilled once; all decodings go on from the cache of keys and values, side by
+side as rows of one batch, so that each step reads the weights once for all of them.
 """
 
 import copy
@@ -11,11 +12,12 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
 
 from common import UserError
 from models.captioner import Decoding
 from models.hub import hub_or_cache, means_folder, quiet, why
-from models.sampling import generate_arguments
+from models.sampling import InTurn, generation_config, samplers
 
 # Published settings of the three decodings.
 PRESETS = {
@@ -23,6 +25,9 @@ PRESETS = {
     "moderate": Decoding(do_sample=True, temperature=0.7, top_p=0.9, top_k=50),
     "diverse": Decoding(do_sample=True, temperature=0.9, top_p=0.95, top_k=100),
 }
+
+# What LLaVA-1.5 was asked for captions in training (Liu et al. 2023).
+PROMPT = "Provide a one-sentence caption for the provided image."
 
 Quantize = Literal["none", "4bit", "8bit"]
 
@@ -50,22 +55,37 @@ class Llava(nn.Module):
     ) -> dict[str, list[str]]:
         """B photos -> B captions for each decoding's name; `seeds[name]` are the B seeds that sampling draws by."""
         inputs = self.inputs(images)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         cache = self._prefill(inputs)
+        together: dict[tuple, list[str]] = {}  # decodings that take the same steps go as rows of one batch
+        for name, decoding in decodings.items():
+            alone = name if decoding.num_beams > 1 else ""
+            together.setdefault((decoding.max_new_tokens, alone), []).append(name)
+        captions = {}
+        for number, names in enumerate(together.values(), start=1):
+            own = cache if number == len(together) else copy.deepcopy(cache)
+            chosen = {name: (decodings[name], seeds[name]) for name in names}
+            captions |= self._decode(inputs, own, chosen)
+        return {name: captions[name] for name in decodings}
+
+    def _decode(
+        self, inputs: dict[str, Tensor], cache, chosen: dict[str, tuple[Decoding, Sequence[int]]]
+    ) -> dict[str, list[str]]:
+        """Go on from the prompt's `cache`, which is used up, with every photo once for each of the decodings."""
+        ids, mask, count = inputs["input_ids"], inputs["attention_mask"], len(chosen)
+        cache.batch_repeat_interleave(count)
         eos, pad = self.model.generation_config.eos_token_id, self.processor.tokenizer.pad_token_id
         eos = self.processor.tokenizer.eos_token_id if eos is None else eos
-        captions = {}
-        for name, decoding in decodings.items():
-            out = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=copy.deepcopy(cache),
-                **generate_arguments(decoding, seeds[name], eos, pad),
-            )
-            own = out[:, ids.shape[1] :]  # by position: a prompt's text may come back in a caption
-            texts = self.processor.batch_decode(own, skip_special_tokens=True)
-            captions[name] = [" ".join(text.split()) for text in texts]
-        return captions
+        first, *_ = (decoding for decoding, _ in chosen.values())
+        out = self.model.generate(
+            input_ids=ids.repeat_interleave(count, dim=0),
+            attention_mask=mask.repeat_interleave(count, dim=0),
+            past_key_values=cache,
+            generation_config=generation_config(first, eos, pad),
+            logits_processor=LogitsProcessorList([InTurn([samplers(*one) for one in chosen.values()])]),
+        )
+        new = out[:, ids.shape[1] :]  # by position: a prompt's text may come back in a caption
+        texts = [" ".join(text.split()) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return {name: texts[place::count] for place, name in enumerate(chosen)}
 
     def _prefill(self, inputs: dict[str, Tensor]):
         """The cache of keys and values of all but the prompt's last token, by which each decoding begins."""

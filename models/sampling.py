@@ -48,13 +48,25 @@ def samplers(decoding: Decoding, seeds: Sequence[int]) -> LogitsProcessorList:
     return LogitsProcessorList([*chosen, GumbelNoise(seeds)])
 
 
-def generate_arguments(decoding: Decoding, seeds: Sequence[int], eos: int | list[int], pad: int) -> dict[str, object]:
-    """What transformers' `generate` is told so that it decodes as `decoding` says, a row by each of `seeds`."""
-    settings = GenerationConfig(
+class InTurn(LogitsProcessor):
+    """Processors of K decodings for rows in turn: row 0 goes to the first, row 1 to the second, ..."""
+
+    def __init__(self, own: Sequence[LogitsProcessorList]):
+        self.own = own
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B * K, L) ids, (B * K, V) logits -> (B * K, V)"""
+        count, scores = len(self.own), scores.float()
+        rows = [own(input_ids[k::count], scores[k::count]) for k, own in enumerate(self.own)]
+        return torch.stack(rows, dim=1).flatten(0, 1)
+
+
+def generation_config(decoding: Decoding, eos: int | list[int], pad: int) -> GenerationConfig:
+    """What transformers' `generate` is told, besides the samplers."""
+    return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         num_beams=decoding.num_beams,
         do_sample=False,  # the samplers draw
         eos_token_id=eos,
         pad_token_id=pad,
     )
-    return {"generation_config": settings, "logits_processor": samplers(decoding, seeds)}

@@ -104,6 +104,23 @@ def data_root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def llava_folder(tmp_path_factory) -> Path:
+    """A random LLaVA of two narrow layers but real geometry, 576 image tokens, as transformers saves it."""
+    from demo.standins import build_llava, llava_processor, train_llava_tokenizer
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = shape | {"num_key_value_heads": 2, "initializer_range": 0.2}
+    tokenizer = train_llava_tokenizer([caption.format(*COLOURS[:2]) for caption in CAPTIONS])
+    torch.manual_seed(0)
+    model = build_llava(tokenizer, shape | {"image_size": 336, "patch_size": 14}, text)
+    torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=0.5)  # captions differ by photo
+    folder = tmp_path_factory.mktemp("llava")
+    model.save_pretrained(folder)
+    llava_processor(tokenizer, image_size=336, patch_size=14).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def captioner_config(clip_folder, decoders) -> Callable[..., CaptionerConfig]:
     """`captioner_config("gpt2" or "llama", ...)` of the tiny models, LoRA of rank 4; keywords replace parts."""
 

@@ -14,6 +14,8 @@ from pycocotools import mask as run_lengths
 
 from common import UserError
 from demo import shapes, standins
+from models.captioner import pack_rows
+from models.llava import PROMPT, load_llava
 
 TRAIN, VAL = 60, 30
 WHERE = {phrase: name for name, phrases in shapes.WORDS.items() for phrase in phrases}
@@ -171,7 +173,7 @@ def test_standins_load_and_are_kept(root, tmp_path, capsys):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    settings = standins.Config(data=root, output=tmp_path, things_steps=3, scenes_steps=3, gpt2_steps=12)
+    settings = standins.Config(data=root, output=tmp_path, things_steps=3, scenes_steps=3, gpt2_steps=12, llava_steps=3)
     standins.main(settings)
     capsys.readouterr()
     made = files(tmp_path)
@@ -194,10 +196,18 @@ def test_standins_load_and_are_kept(root, tmp_path, capsys):
     ids = tokenizer(caption)["input_ids"]
     assert tokenizer.decode(ids) == caption and len(ids) < len(caption) / 2
     assert tokenizer.eos_token == standins.EOS and decoder.config.vocab_size == len(tokenizer)
-    inputs, labels = standins.language_batch([ids], tokenizer.eos_token_id)
-    logits = decoder(input_ids=inputs).logits
-    loss = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+    packed = pack_rows([[ids]], tokenizer.eos_token_id)
+    loss = torch.nn.functional.cross_entropy(decoder(input_ids=packed.input_ids).logits[0], packed.labels[0])
     assert loss < 0.9 * np.log(len(tokenizer)), "twelve steps beat a uniform guess"
+
+    llava = load_llava(str(tmp_path / "llava"), PROMPT, torch.device("cpu"), torch.float32)
+    inputs = llava.inputs([Image.open(root / "images" / "val" / "val_00000.png")])
+    assert (inputs["input_ids"] == llava.model.config.image_token_id).sum() == 64
+    seen = llava.model.model.vision_tower(photo[None]).last_hidden_state[:, 1:]
+    torch.testing.assert_close(seen, patches["image_intermediates"][0], atol=1e-5, rtol=0)
+    assert (inputs["pixel_values"][0] - photo).abs().mean() < 0.05, "both libraries' transforms, up to their resampling"
+    words = llava.processor.tokenizer
+    assert words.decode(words(caption)["input_ids"]) == caption and words.tokenize(caption)[0] == "\u2581a"
 
 
 def test_equal_scenes_are_no_negatives():

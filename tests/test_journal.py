@@ -27,7 +27,8 @@ def photos(tmp_path) -> list:
 
 
 def caption_all(output: Path, photos: list, stop_after: int = 99, **settings) -> list:
-    journals = {name: Journal(output.with_stem(name), {"model": "m"} | settings) for name in ("a", "b")}
+    outputs = {name: output.with_stem(name) for name in ("a", "b")}
+    journal = Journal(output, outputs, {name: {"model": "m"} | settings for name in outputs})
     batches = []
 
     def caption(own, images):
@@ -37,9 +38,7 @@ def caption_all(output: Path, photos: list, stop_after: int = 99, **settings) ->
         red = [image.getpixel((0, 0))[0] for image in images]
         return {"a": [f"red {value}" for value in red], "b": [f"rouge {value}" for value in red]}
 
-    bad = caption_journaled(photos, journals, caption, batch_size=2, workers=1)
-    for journal in journals.values():
-        journal.finish([photo.stem for photo in photos], {"skipped": [error.path.name for error in bad]})
+    caption_journaled(photos, journal, caption, batch_size=2, workers=1, meta={})
     return batches
 
 
@@ -49,7 +48,7 @@ def test_a_stopped_run_ends_as_an_unbroken_one(tmp_path, photos, stop_after):
     broken = tmp_path / "broken/x.json"
     with pytest.raises(KeyboardInterrupt):
         caption_all(broken, photos, stop_after)
-    journal = broken.with_name("a.journal.jsonl")
+    journal = broken.with_name("x.journal.jsonl")
     with journal.open("a") as file:
         file.write('["p6", "half a li')
     again = caption_all(broken, photos)
@@ -57,33 +56,44 @@ def test_a_stopped_run_ends_as_an_unbroken_one(tmp_path, photos, stop_after):
     for name in ("a", "b"):
         assert (tmp_path / f"whole/{name}.json").read_bytes() == (tmp_path / f"broken/{name}.json").read_bytes()
     assert not journal.exists()
-    assert json.loads((tmp_path / "broken/a.meta.json").read_text())["skipped"] == ["p3.png"]
+    meta = json.loads((tmp_path / "broken/a.meta.json").read_text())
+    assert meta["skipped"] == {"p3.png": "not a photo in a known format"}
     assert list(json.loads((tmp_path / "broken/a.json").read_text())) == ["p0", "p1", "p2", "p4", "p5", "p6"]
 
 
-def test_a_run_killed_with_its_output_written_is_finished_by_the_next(tmp_path, photos, monkeypatch):
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_run_killed_between_its_outputs_is_finished_by_the_next(tmp_path, photos, monkeypatch, written):
     caption_all(tmp_path / "whole/x.json", photos)
+    files = []
+
+    def write(path, *rest):
+        if written:
+            write_predictions(path, *rest)
+        files.append(path)
+        if len(files) >= written:
+            raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("data.journal.Journal.finish", written_but_not_finished)
+        patch.setattr("data.journal.write_predictions", write)
         caption_all(tmp_path / "broken/x.json", photos)
     assert caption_all(tmp_path / "broken/x.json", photos) == []
-    assert (tmp_path / "whole/a.json").read_bytes() == (tmp_path / "broken/a.json").read_bytes()
-
-
-def written_but_not_finished(journal: Journal, order: list[str], meta: dict) -> None:
-    write_predictions(journal.output, journal.captions, meta)
-    raise KeyboardInterrupt
+    for name in ("a", "b"):
+        assert (tmp_path / f"whole/{name}.json").read_bytes() == (tmp_path / f"broken/{name}.json").read_bytes()
 
 
 def test_a_journal_of_other_settings_is_refused_by_name(tmp_path, photos):
+    output = tmp_path / "x.json"
     with pytest.raises(KeyboardInterrupt):
-        caption_all(tmp_path / "x.json", photos, 1, seed=0)
-    with pytest.raises(UserError, match="begun with seed 0, now 1; --overwrite begins anew"):
-        caption_all(tmp_path / "x.json", photos, seed=1)
-    (tmp_path / "a.journal.jsonl").write_text("{}\nnot a caption\n")
-    with pytest.raises(UserError, match="is no journal of captions"):
-        caption_all(tmp_path / "x.json", photos, seed=0)
-    assert Journal(tmp_path / "a.json", {"seed": 1}, overwrite=True).captions == {}
+        caption_all(output, photos, 1, seed=0)
+    with pytest.raises(UserError, match="x.journal.jsonl was begun with seed 0, now 1; --overwrite begins anew"):
+        caption_all(output, photos, seed=1)
+    with pytest.raises(UserError, match="begun with decoding a b, now a; --overwrite begins anew"):
+        Journal(output, {"a": output}, {"a": {"model": "m", "seed": 0}})
+    for lines in ("{}\nnot a caption\n", '{"a": {}}\n["p0", {}]\n', "[]\n"):
+        (tmp_path / "x.journal.jsonl").write_text(lines)
+        with pytest.raises(UserError, match="is no journal of captions"):
+            caption_all(output, photos, seed=0)
+    assert Journal(output, {"a": output}, {"a": {}}, overwrite=True).captions == {}
 
 
 def test_nothing_readable_is_nothing_done(tmp_path, photos):

@@ -1,56 +1,22 @@
 """LLaVA with random weights of real geometry, 336 px and 576 image tokens, against a plain script with `generate`."""
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import p1_llava_caption
-from common import UserError
+from common import NothingDone, UserError
 from data.annotations import find_photos
 from data.images import open_photo
 from data.predictions import read_predictions
-
-TEMPLATE = (
-    "{% for message in messages %}USER: {% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
-)
-
-
-@pytest.fixture(scope="module")
-def llava_folder(tmp_path_factory, tokenizer):
-    """A random LLaVA of two narrow layers, saved as transformers saves it."""
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
-    tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = CLIPVisionConfig(image_size=336, patch_size=14, projection_dim=16, **shape)
-    text = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.2, **shape)
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=image, vision_feature_layer=-2)
-    )
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=0.5)  # captions differ by photo
-    size = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
-    processor = LlavaProcessor(
-        CLIPImageProcessor(**size), tokenizer, patch_size=14, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=TEMPLATE,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("llava")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +40,7 @@ def test_greedy_captions_are_those_of_a_plain_script(llava_folder, photos, tmp_p
 
     model = AutoModelForImageTextToText.from_pretrained(llava_folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(llava_folder)
-    prompt = "USER: <image>\nProvide a one-sentence caption for the provided image. ASSISTANT:"
+    prompt = "USER: <image> Provide a one-sentence caption for the provided image. ASSISTANT:"
     plain = {}
     for photo in find_photos(photos):
         inputs = processor(images=open_photo(photo.path), text=prompt, return_tensors="pt")
@@ -123,3 +89,63 @@ def test_sampled_captions_heed_neither_batch_nor_break(llava_folder, photos, tmp
 def test_mistakes_end_in_one_line(photos, tmp_path, settings, message):
     with pytest.raises(UserError, match=f"^{message}"):
         p1_llava_caption.main(p1_llava_caption.Config(photos, tmp_path / "x.json", device="cpu", **settings))
+
+
+# ------------------------------------------------------------------------------------------- as a user runs it
+
+SCRIPT = Path(p1_llava_caption.__file__)
+
+
+def command(llava_folder: Path, photos: Path, output: Path, *flags: str) -> list[str]:
+    settings = ["--model", llava_folder, "--images", photos, "--output", output, "--device", "cpu", *flags]
+    return [sys.executable, str(SCRIPT), *map(str, settings)]
+
+
+def lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def test_five_kills_leave_no_trace(llava_folder, photos, tmp_path):
+    """40 photos, SIGKILL at five random moments: the same JSON as an unbroken run's, byte for byte."""
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(40):
+        (many / f"m{number:02}.png").symlink_to(photos / f"p{number % 8}.png")
+    presets = ["best", "diverse"]
+    caption(llava_folder, many, tmp_path / "whole.json", decoding=presets)
+    draw = random.Random(0)
+    journal = tmp_path / "broken.journal.jsonl"
+    for moment in sorted(draw.sample(range(2, 36), 5)):  # lines of the journal
+        run = subprocess.Popen(
+            command(llava_folder, many, tmp_path / "broken.json", "--batch_size", "1", "--decoding", *presets),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while lines(journal) < moment and run.poll() is None:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL and moment <= lines(journal) < 41
+    caption(llava_folder, many, tmp_path / "broken.json", decoding=presets)
+    assert not journal.exists()
+    for name in presets:
+        assert (tmp_path / f"broken.{name}.json").read_bytes() == (tmp_path / f"whole.{name}.json").read_bytes()
+
+
+def test_bad_photos_are_named_and_counted(llava_folder, photos, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    Image.open(photos / "p0.png").save(folder / "good.jpg", quality=95)
+    whole = (folder / "good.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.jpg").write_text("no photo")
+    (folder / "void.jpg").touch()
+    Image.new("1", (20_000, 20_000)).save(folder / "vast.png")
+    done = subprocess.run(command(llava_folder, folder, tmp_path / "x.json"), capture_output=True, text=True)
+    assert done.returncode == 0 and "1 captions in" in done.stdout and "4 photos skipped" in done.stdout
+    assert all(f"skipped {folder / name}: " in done.stderr for name in ("cut.jpg", "text.jpg", "void.jpg", "vast.png"))
+    assert list(read_predictions(tmp_path / "x.json")) == ["good"]
+    skipped = json.loads((tmp_path / "x.meta.json").read_text())["skipped"]
+    assert set(skipped) == {"cut.jpg", "text.jpg", "void.jpg", "vast.png"}
+    (folder / "good.jpg").unlink()
+    with pytest.raises(NothingDone, match="none of 4 photos could be decoded"):  # exit code 3
+        caption(llava_folder, folder, tmp_path / "y.json")
