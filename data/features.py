@@ -1,7 +1,8 @@
 """The feature cache: a frozen encoder sees each photo once a machine, not once an epoch.
 
-`FOLDER/FINGERPRINT/features.f16` holds one float16 array (P, D) a photo, end to end; the line of the same number in
-`index.txt` is the hash of that photo's file. FINGERPRINT covers the encoder's weights, layer and transform.
+`FOLDER/FINGERPRINT/features.f16` holds one float16 array (P, D) a photo, end to end (or `features.f32`, what CLIPScore
+reads, float32); the line of the same number in `index.txt` is the hash of that photo's file. FINGERPRINT covers the
+encoder's weights, layer and transform.
 """
 
 import fcntl
@@ -24,16 +25,16 @@ from data.images import BadPhoto, load_photos
 class Features:
     """Cached features of some photos, read from disk as they are asked for."""
 
-    def __init__(self, file: Path, rows: Sequence[int], shape: tuple[int, int]):
+    def __init__(self, file: Path, rows: Sequence[int], shape: tuple[int, int], dtype: type = np.float16):
         self.rows = np.asarray(rows, dtype=np.int64)
         # no more than is asked for: another run may be appending
-        self._array = np.memmap(file, dtype=np.float16, mode="r", shape=(int(self.rows.max()) + 1, *shape))
+        self._array = np.memmap(file, dtype=dtype, mode="r", shape=(int(self.rows.max()) + 1, *shape))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, photos: Sequence[int]) -> Tensor:
-        """Indices of B photos -> (B, P, D) float16."""
+        """Indices of B photos -> (B, P, D)."""
         return torch.from_numpy(self._array[self.rows[list(photos)]])
 
 
@@ -59,24 +60,29 @@ def _read_index(index: Path, data: Path, row_bytes: int) -> list[str]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One writer at a time, whichever process it is in."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"features: {folder} cannot be written: {error.strerror}") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def photo_features(
-    encoder, photos: Sequence[Photo], folder: Path, batch_size: int = 32, workers: int = 2
-) -> tuple[Features, list[int], list[BadPhoto]]:
-    """Features of `photos` by a models.encoder.FrozenEncoder, taken from the cache in `folder` or added to it.
+    encoder, photos: Sequence[Photo], folder: Path, batch_size: int = 32, workers: int = 2, dtype: type = np.float16
+) -> tuple[Features | None, list[int], list[BadPhoto]]:
+    """Features of `photos`, taken from the cache in `folder` or added to it.
 
-    Returns the features of the photos that could be decoded, those photos' indices, and the others' errors.
-    Raises UserError where the disk has no room for what is to be added.
+    `encoder` is a models.encoder.FrozenEncoder, or what has its fingerprint, transform, device, tokens and width.
+    Returns the features of the photos that could be decoded (None where none could), those photos' indices, and the
+    others' errors. Raises UserError where the folder cannot be written, or has no room for what is to be added.
     """
     store = folder / encoder.fingerprint()
     shape = (encoder.tokens, encoder.width)
-    row_bytes = 2 * shape[0] * shape[1]
-    data, index = store / "features.f16", store / "index.txt"
+    row_bytes = np.dtype(dtype).itemsize * shape[0] * shape[1]
+    data, index = store / f"features.f{8 * np.dtype(dtype).itemsize}", store / "index.txt"
     with _locked(store):
         keys = _read_index(index, data, row_bytes)
         known = {key: row for row, key in enumerate(keys)}
@@ -95,7 +101,7 @@ def photo_features(
             total = -(-len(missing) // batch_size)
             for batch in tqdm(batches, total=total, desc="encode photos", disable=not missing):
                 pixels = torch.stack([pixels for _, pixels in batch]).to(encoder.device)
-                encoder(pixels).to(torch.float16).cpu().numpy().tofile(features)
+                encoder(pixels).float().cpu().numpy().astype(dtype).tofile(features)
                 features.flush()
                 lines.writelines(f"{key}\n" for key, _ in batch)
                 lines.flush()
@@ -107,9 +113,7 @@ def photo_features(
         for key, photo in zip(hashes, photos)
         if isinstance(key, BadPhoto) or key in reasons
     ]
-    if not good:
-        raise UserError(f"images: none of {len(photos)} photos could be decoded, such as {bad[0]}")
-    return Features(data, [known[hashes[i]] for i in good], shape), good, bad
+    return Features(data, [known[hashes[i]] for i in good], shape, dtype) if good else None, good, bad
 
 
 def _decoded_batches(

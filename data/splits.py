@@ -51,6 +51,8 @@ def prepare_split(captioner, photos: list[Photo], cache: Path, skip_bad_photos: 
     ids = captioner.tokenizer([c for photo in photos for c in photo.captions], add_special_tokens=False).input_ids
     captioner.check_room(max(map(len, ids)), "annotations")
     features, good, bad = photo_features(captioner.encoder, photos, cache)
+    if features is None:
+        raise UserError(f"images: none of {len(photos)} photos could be decoded, such as {bad[0]}")
     if bad and not skip_bad_photos:
         check([f"photo {error}" for error in bad] + ["skip_bad_photos goes on without them"])
     for error in bad:
