@@ -1,10 +1,12 @@
-"""Score captions against references and photos: CIDEr and CLIPScore.
+"""Score captions against references and photos: CIDEr-D, CLIPScore and their companions, and how sure the scores are.
 
     python evaluate.py --predictions captions.json --annotations val.json --images photos/
-    python evaluate.py --predictions captions.json --annotations val.json --metrics cider
+    python evaluate.py --predictions captions.json --annotations val.json --metrics cider bleu rouge
+    python evaluate.py --predictions best.json moderate.json diverse.json --data ROOT --page scores.html
 
-The second needs no photo and no model: seconds on a CPU. `--pred_file`, `--images_root` and `--annotation_file` are
-read as other names of these three. Scores of every photo go to a JSON file, the two means to the last line of stdout.
+The second needs no photo and no model: seconds on a CPU. The third compares runs: each against the first, photo by
+photo. `--pred_file`, `--images_root` and `--annotation_file` are other names of `--predictions`, `--images` and
+`--annotations`. Scores of every photo go to a JSON file, the (first) run's two means to the last line of stdout.
 """
 
 import json
@@ -16,32 +18,52 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from common import NothingDone, UserError, check, check_output, pick_device, run, write_json
-from data.annotations import Photo, find_data, read_annotations
-from data.images import BadPhoto, load_photos
-from data.predictions import meta_path, read_predictions
+from common import NothingDone, UserError, check_output, pick_device, run, write_json
+from data.annotations import Photo
+from data.features import photo_features
+from data.scored import MissingPolicy, Predicted, first_of, read_scored
+from metrics import overlap
 from metrics.cider import cider, find_java
-from metrics.clipscore import Clip, ClipUnavailable, clip_scores, load_clip
+from metrics.clipscore import (
+    Clip,
+    ClipUnavailable,
+    PhotoSide,
+    clip_scores,
+    encode_captions,
+    load_clip,
+    ref_clip_scores,
+    tokenize,
+)  # fmt: skip
+from metrics.statistics import Score, interval, mean_score, paired
+from pages.scores import write_scores_page
 
 ALIASES = {"pred_file": "predictions", "images_root": "images", "annotation_file": "annotations"}
+LABELS = {"cider": "CIDEr-D", "clipscore": "CLIPScore", "refclipscore": "RefCLIPScore", "rouge": "ROUGE-L"}
+LABELS |= {"meteor": "METEOR"} | {f"bleu{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}
+LABELS |= {"length": "words a caption", "vocabulary": "different words", "unique": "different captions, share"}
+LABELS |= {f"distinct{n}": f"distinct-{n}" for n in (1, 2)}
 
 
 @dataclass(frozen=True)
 class Config:
     """What is scored, against what, and how."""
 
-    predictions: Path
-    """JSON file {image stem: caption}."""
+    predictions: list[Path]
+    """JSON files {image stem: caption}; from the second on each is compared with the first."""
     data: Path | None = None
     """Folder with val.json (or SPLIT.json) and images/; or name the two below."""
     annotations: Path | None = None
     """The references: COCO style, Karpathy's JSON, Flickr8k's token file or a CSV of image,caption."""
     images: Path | None = None
     """Folder of the photos; only CLIPScore reads them, and finds them itself where they lie beside the annotations."""
-    metrics: list[Literal["cider", "clipscore"]] = field(default_factory=lambda: ["cider", "clipscore"])
-    """What to score: cider (CIDEr-D on PTB tokens), clipscore (2.5 * max(cos, 0), no references)."""
+    metrics: list[Literal["cider", "clipscore", "bleu", "rouge", "refclipscore", "diversity", "meteor"]] = field(
+        default_factory=lambda: ["cider", "clipscore"]
+    )
+    """What to score; cider is CIDEr-D on PTB tokens, clipscore 2.5 * max(cos, 0) without references."""
     idf: Literal["subset", "full"] = "subset"
     """References that weigh CIDEr's n-grams: of the scored photos (the official way), or all of the annotations."""
+    missing: MissingPolicy = "error"
+    """A photo without a prediction is a mistake, or is left out for all runs (skip), or scores 0 (zero)."""
     split: str | None = None
     """Split to score: of the annotations, where they hold several, or of `data` (val without it)."""
     limit: PositiveInt | None = None
@@ -50,103 +72,140 @@ class Config:
     """A model name of open_clip, local-dir:FOLDER or hf-hub:REPO."""
     clip_pretrained: str = "openai"
     """open_clip's tag of the weights, or a weights file; not read with local-dir: and hf-hub:."""
+    clip_prefix: str = ""
+    """Put before captions and references for CLIP; "A photo depicts " in the paper's own code."""
+    features: Path = Path("runs/features")
+    """Folder in which the photos' CLIP vectors are kept, so that the next run of captions reads no photo."""
     batch_size: PositiveInt = 32
-    """Photos that CLIP takes at a time."""
+    """Photos, or captions, that CLIP takes at a time."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     output: Path | None = None
-    """Scores as JSON; without it NAME.scores.json beside the predictions NAME.json, where older scores are replaced."""
+    """Scores as JSON; without it NAME.scores.json beside the predictions NAME.json, or scores.json for several runs,
+    where older scores are replaced."""
     overwrite: bool = False
     """Replace an `output` that is there."""
+    page: Path | None = None
+    """Write an HTML page of every photo with its captions, references and scores; an older one is replaced."""
 
 
 def notice(text: str) -> None:
     print(f"evaluate.py: {text}", file=sys.stderr)
 
 
-def read_inputs(cfg: Config) -> tuple[list[Photo], dict[str, str], dict[str, list[str]]]:
-    """The photos to score and their captions, both in the order of the predictions, and all references by stem.
-
-    Raises UserError unless predictions and photos match one to one: a mean over the photos that happen to have
-    a caption would flatter a captioner that skips the hard ones.
-    """
-    if not cfg.metrics:
-        raise UserError("metrics: expected at least one of cider, clipscore, got none")
-    if (cfg.data is None) == (cfg.annotations is None):
-        raise UserError("annotations: expected either annotations or data, got " + ("both" if cfg.data else "neither"))
-    predictions = read_predictions(cfg.predictions)
-    clip = "clipscore" in cfg.metrics
-    annotations, images, split = cfg.annotations, cfg.images, cfg.split
-    if cfg.data:
-        (annotations, images), split = find_data(cfg.data, cfg.split or "val"), None
-    annotated = read_annotations(annotations, images if clip else None, split)
-    photos = annotated[: cfg.limit]
-    references = {photo.stem: list(photo.captions) for photo in annotated}
-
-    skipped = skipped_photos(cfg.predictions)
-    missing = [photo.stem for photo in photos if photo.stem not in predictions and photo.stem not in skipped]
-    unknown = [stem for stem in predictions if stem not in references]
-    problems = []
-    if missing:
-        problems.append(
-            f"predictions: {cfg.predictions} has no caption for {_named(missing)} of {annotations}; caption them, "
-            "or score against annotations of the captioned photos only (--limit takes the first so many)"
-        )
-    if unknown:
-        problems.append(f"annotations: {annotations} has no references for {_named(unknown)} of {cfg.predictions}")
-    if clip and any(photo.path is None for photo in photos):
-        problems.append("images: expected the folder of the photos, which CLIPScore reads; or give --metrics cider")
-    check(problems)
-    by_stem = {photo.stem: photo for photo in photos}
-    left_out = [photo.stem for photo in photos if photo.stem not in predictions]
-    if left_out:
-        notice(f"{_named(left_out)} could not be decoded when captioning, and is not scored")
-    photos = [by_stem[stem] for stem in predictions if stem in by_stem]
-    return photos, {photo.stem: predictions[photo.stem] for photo in photos}, references
-
-
-def skipped_photos(predictions: Path) -> set[str]:
-    """Stems of the photos that could not be decoded, as the predictions' meta file says; none where there is none."""
-    try:
-        skipped = json.loads(meta_path(predictions).read_text(encoding="utf-8"))["skipped"]
-        return {Path(name).stem for name in skipped}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-
-
-def _named(stems: list[str], shown: int = 5) -> str:
-    rest = f" and {len(stems) - shown} more" if len(stems) > shown else ""
-    return f"{len(stems)} photo{'s' * (len(stems) > 1)} ({', '.join(stems[:shown])}{rest})"
-
-
 def scores_path(cfg: Config) -> Path:
     """Where the scores go. Raises UserError where they cannot, or would replace something other than older scores."""
-    path = cfg.output or cfg.predictions.with_name(cfg.predictions.name.removesuffix(".json") + ".scores.json")
+    first = cfg.predictions[0]
+    own = first.with_name(first.name.removesuffix(".json") + ".scores.json")
+    path = cfg.output or (own if len(cfg.predictions) == 1 else first.with_name("scores.json"))
     check_output(path, cfg.overwrite or cfg.output is None)
     if path.exists():
         try:
             older = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             older = None
-        if not (isinstance(older, dict) and "corpus" in older):
+        if not (isinstance(older, dict) and ("corpus" in older or "runs" in older)):
             raise UserError(f"output: {path} exists and holds no scores; give another name")
     return path
 
 
-def score_with_clip(clip: Clip, photos: list[Photo], captions: dict[str, str], batch_size: int) -> dict[str, float]:
-    """CLIPScore by stem, without the photos that cannot be decoded: those are named on stderr."""
+class ClipScorer:
+    """CLIP at work: the photos' vectors, encoded or taken from the cache, and the references' once for all runs."""
 
-    def readable():
-        for photo, image in load_photos(photos):
-            if isinstance(image, BadPhoto):
-                notice(f"{image}; it gets no CLIPScore")
-            else:
-                yield photo.stem, image
+    def __init__(self, clip: Clip, photos: list[Photo], references: dict[str, list[str]] | None, cfg: Config):
+        import numpy
 
-    scores, cut = clip_scores(clip, readable(), captions, batch_size)
-    if cut:
-        notice(f"CLIP reads {_named(cut)} only in part: the captions are longer than its text input")
+        self.clip, self.cfg, self.label = clip, cfg, clip.name
+        side = PhotoSide(clip)
+        vectors, good, bad = photo_features(side, photos, cfg.features, cfg.batch_size, dtype=numpy.float32)
+        for error in bad:
+            notice(f"{error}; it gets no CLIPScore")
+        if 0 < len(good) < len(photos):
+            notice(f"CLIPScore is the mean of {len(good)} of {len(photos)} photos")
+        self.photos = {photos[i].stem: vectors[[row]][0, 0].to(clip.device) for row, i in enumerate(good)}
+        self.references = {}
+        if references is not None:
+            texts, _ = self.encode([text for stem in self.photos for text in references[stem]])
+            sizes = [len(references[stem]) for stem in self.photos]
+            self.references = dict(zip(self.photos, texts.split(sizes)))
+
+    def encode(self, texts: list[str]) -> tuple["torch.Tensor", list[bool]]:  # noqa: F821
+        """Unit vectors (N, D) of N texts, and which were too long for CLIP."""
+        tokens, cut = tokenize(self.clip, [self.cfg.clip_prefix + text for text in texts])
+        return encode_captions(self.clip, tokens, self.cfg.batch_size), cut
+
+    def score(self, predicted: Predicted) -> dict[str, Score]:
+        """CLIPScore and, where there are references, RefCLIPScore of a run; an empty caption scores 0."""
+        import torch
+
+        stems = [stem for stem in predicted.captions if stem in self.photos]
+        texts, cut = self.encode([predicted.captions[stem] for stem in stems])
+        if any(cut):
+            which = first_of([stem for stem, long in zip(stems, cut) if long])
+            notice(f"{predicted.name}: CLIP reads the caption of {which} only in part, longer than its text input")
+        scores = clip_scores(torch.stack([self.photos[stem] for stem in stems]), texts)
+        scores *= torch.tensor([bool(predicted.captions[stem].strip()) for stem in stems], device=scores.device)
+        found = {"clipscore": scores}
+        if self.references:
+            found["refclipscore"] = ref_clip_scores(scores, texts, [self.references[stem] for stem in stems])
+        return {name: mean_score(dict(zip(stems, values.tolist()))) for name, values in found.items()}
+
+
+def score_run(
+    predicted: Predicted, references: dict[str, list[str]], clip: ClipScorer | None, cfg: Config
+) -> dict[str, Score | float]:
+    """Every metric of a run that could be had, in the order of the table; figures of diversity are plain numbers."""
+    scores: dict[str, Score | float] = {}
+    if "cider" in cfg.metrics:
+        scores["cider"] = Score(*cider(references, predicted.captions, cfg.idf))
+    if clip:
+        scores |= clip.score(predicted)
+    if "bleu" in cfg.metrics:
+        scores |= overlap.bleu(references, predicted.captions)
+    if "rouge" in cfg.metrics:
+        scores["rouge"] = overlap.rouge(references, predicted.captions)
+    if "meteor" in cfg.metrics:
+        try:
+            scores["meteor"] = overlap.meteor(references, predicted.captions)
+        except overlap.MeteorUnavailable as reason:
+            notice(f"METEOR does not run: {reason}")
+    if "diversity" in cfg.metrics:
+        scores |= overlap.diversity(predicted.captions)
     return scores
+
+
+def table(runs: list[Predicted], scores: list[dict[str, Score | float]], stems: list[str]) -> tuple[list, list, str]:
+    """Intervals {metric: (low, high)} of each run, differences from the first run, and both as a table to read."""
+    intervals, differences, lines = [{} for _ in runs], [], []
+    width = max(len(predicted.name) for predicted in runs)
+    for metric, first in scores[0].items():
+        lines.append(f"\n{LABELS[metric]}")
+        for number, (predicted, own) in enumerate(zip(runs, scores)):
+            score = own.get(metric)
+            corpus = score.corpus if isinstance(score, Score) else score
+            line = f"  {predicted.name:{width}}  " + ("n/a" if corpus is None else f"{corpus:.4f}")
+            if isinstance(score, Score) and score.of_sums:
+                low, high = intervals[number][metric] = interval(score, stems)
+                line += f" [{low:.4f}, {high:.4f}]"
+                if number:
+                    change = paired(first, score, stems)
+                    which = {"run": predicted.name, "against": runs[0].name, "metric": metric}
+                    differences.append(which | change._asdict())
+                    line += f"   {change.difference:+.4f} [{change.low:+.4f}, {change.high:+.4f}]  p {change.p:.4f}"
+            lines.append(line)
+    return intervals, differences, "\n".join(lines)
+
+
+def extremes(predicted: Predicted, scores: dict[str, Score | float]) -> str:
+    """Best and worst photo by each metric, a line each."""
+    lines = []
+    for metric, score in scores.items():
+        if isinstance(score, Score) and len(score.photos) > 1:
+            for which, choose in (("best", max), ("worst", min)):
+                stem = choose(score.photos, key=score.photos.get)
+                caption = " ".join(predicted.captions[stem].split())
+                lines.append(f"{which} by {LABELS[metric]}: {stem} {score.photos[stem]:.4f} {caption}")
+    return "\n".join(lines)
 
 
 def fixed_point(score: float | None) -> str:
@@ -157,46 +216,62 @@ def fixed_point(score: float | None) -> str:
 
 
 def main(cfg: Config) -> None:
-    photos, captions, references = read_inputs(cfg)
+    wants_clip = bool({"clipscore", "refclipscore"} & set(cfg.metrics))
+    if not cfg.metrics:
+        raise UserError("metrics: expected at least one, such as cider, got none")
+    runs, photos, references = read_scored(
+        cfg.predictions, cfg.data, cfg.annotations, cfg.images, cfg.split, cfg.limit, cfg.missing, wants_clip, notice
+    )
     output = scores_path(cfg)
+    if cfg.page and cfg.page.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"page: expected the name of an HTML file, got {cfg.page}")
     versions = {"pycocoevalcap": version("pycocoevalcap")}
-    if "cider" in cfg.metrics:
+    if set(cfg.metrics) - {"clipscore", "refclipscore"}:
         find_java()
     clip, unavailable = None, ""
-    if "clipscore" in cfg.metrics:
+    if wants_clip:
         try:
-            clip = load_clip(cfg.clip_model, cfg.clip_pretrained, pick_device(cfg.device))
+            model = load_clip(cfg.clip_model, cfg.clip_pretrained, pick_device(cfg.device))
         except ClipUnavailable as reason:
             unavailable = f"CLIPScore: {reason}"
         else:
-            versions |= {"open_clip": version("open_clip_torch"), "clip": clip.name}
+            clip = ClipScorer(model, photos, references if "refclipscore" in cfg.metrics else None, cfg)
+            versions |= {"open_clip": version("open_clip_torch"), "clip": clip.label}
+            if not clip.photos:
+                clip, unavailable = None, "CLIPScore: none of the photos can be read"
 
-    corpus: dict[str, float | None] = {"cider": None, "clipscore": None}
-    by_photo: dict[str, dict[str, float]] = {"cider": {}, "clipscore": {}}
-    if "cider" in cfg.metrics:
-        corpus["cider"], by_photo["cider"] = cider(references, captions, cfg.idf)
-        if len(captions) == 1 and cfg.idf == "subset":
-            notice("CIDEr of one photo alone is 0, whatever its caption: no n-gram is rarer than another")
-    if clip:
-        scores = by_photo["clipscore"] = score_with_clip(clip, photos, captions, cfg.batch_size)
-        if scores:
-            corpus["clipscore"] = sum(scores.values()) / len(scores)
-        else:
-            unavailable = "CLIPScore: none of the photos can be read"
-        if 0 < len(scores) < len(photos):
-            notice(f"CLIPScore is the mean of {len(scores)} of {len(photos)} photos")
-
-    if any(by_photo.values()):
-        per_photo = {stem: {metric: by_photo[metric].get(stem) for metric in corpus} for stem in captions}
-        write_json(
-            output, {"n": len(photos), "idf": cfg.idf, "versions": versions, "corpus": corpus, "photos": per_photo}
-        )
-        print(f"{len(photos)} photos; CIDEr is CIDEr-D, idf {cfg.idf}; scores of each in {output}")
-        if unavailable:
-            notice(unavailable)
-    print(f"CIDEr: {fixed_point(corpus['cider'])} | CLIPScore: {fixed_point(corpus['clipscore'])}")
-    if not any(by_photo.values()):
-        raise NothingDone(unavailable)
+    stems = [photo.stem for photo in photos]
+    scores = [score_run(predicted, references, clip, cfg) for predicted in runs]
+    if len(stems) == 1 and "cider" in cfg.metrics and cfg.idf == "subset":
+        notice("CIDEr of one photo alone is 0, whatever its caption: no n-gram is rarer than another")
+    if any(scores):
+        intervals, differences, text = table(runs, scores, stems)
+        results = []
+        for predicted, own, bounds in zip(runs, scores, intervals):
+            corpus = {"cider": None, "clipscore": None}
+            corpus |= {name: getattr(score, "corpus", score) for name, score in own.items()}
+            by_photo = {"cider": {}, "clipscore": {}}
+            by_photo |= {name: score.photos for name, score in own.items() if isinstance(score, Score)}
+            per_photo = {stem: {name: by_photo[name].get(stem) for name in by_photo} for stem in predicted.captions}
+            head = {"n": len(stems), "idf": cfg.idf, "missing": cfg.missing, "versions": versions}
+            results.append(head | {"corpus": corpus, "intervals": bounds, "photos": per_photo})
+        one = len(runs) == 1
+        named = [{"name": predicted.name} | result for predicted, result in zip(runs, results)]
+        write_json(output, results[0] if one else {"runs": named, "paired": differences})
+        compared = "" if one else f"; difference from {runs[0].name} on the same photos, p of a permutation test"
+        print(f"{len(stems)} photos, CIDEr-D with idf {cfg.idf}; 95% bootstrap intervals over photos{compared}")
+        print(text + (f"\n\n{extremes(runs[0], scores[0])}" if one else ""))
+        print(f"\nscores of every photo: {output}")
+        if cfg.page:
+            columns = {name: LABELS[name] for name in results[0]["photos"][stems[0]] if name in scores[0]}
+            write_scores_page(cfg.page, photos, references, runs, results, columns)
+            print(f"page: {cfg.page}")
+    if unavailable:
+        notice(unavailable)
+    first = {name: getattr(score, "corpus", None) for name, score in scores[0].items()}
+    print(f"CIDEr: {fixed_point(first.get('cider'))} | CLIPScore: {fixed_point(first.get('clipscore'))}")
+    if not any(scores):
+        raise NothingDone(unavailable or "none of the metrics could run")
 
 
 if __name__ == "__main__":

@@ -77,12 +77,16 @@ def main() -> None:
     step("Score the captions", f"evaluate.py --predictions {captions} {score}")
     step("Score them again, shuffled among the scenes", f"evaluate.py --predictions {shuffled(captions)} {score}")
     llava = {name: ROOT / f"llava.{name}.json" for name in DECODINGS}
-    for name, file in llava.items():
-        step(f"Score LLaVA's captions, {name}", f"evaluate.py --predictions {file} {score}")
+    step(
+        "Compare LLaVA's decodings and our captioner, photo by photo",
+        f"evaluate.py --predictions {' '.join(map(str, llava.values()))} {captions} {score} "
+        f"--output {ROOT}/scores.json --page {ROOT}/scores.html --overwrite",
+    )
+    compared = json.loads((ROOT / "scores.json").read_text(encoding="utf-8"))["runs"]
     own, other = corpus(captions), corpus(ROOT / "val_shuffled.json")
     pairs = pair_scores(read_predictions(captions), SHAPES / "instances_val.json")
     summary = {"cider": own["cider"], "cider_shuffled": other["cider"], **pairs}
-    summary |= {f"cider_llava_{name}": corpus(file)["cider"] for name, file in llava.items()}
+    summary |= {f"cider_llava_{name}": one["corpus"]["cider"] for name, one in zip(llava, compared)}
     write_json(ROOT / "summary.json", summary)
 
     step(
@@ -103,7 +107,7 @@ def main() -> None:
         stem, caption = next(iter(read_predictions(file).items()))
         print(f"  {stem}, {name + ':':10} {caption:60} CIDEr-D of all {summary[f'cider_llava_{name}']:.3f}")
     print(f"\n=== A real photo\n  {photo.name}: {read_predictions(ROOT / 'photo.json')[photo.stem]}")
-    print(f"\nFiles: {captions}, {captions.with_suffix('.scores.json')}, {run}/loss.png, {ROOT}/summary.json")
+    print(f"\nFiles: {captions}, {ROOT}/scores.html, {ROOT}/scores.json, {run}/loss.png, {ROOT}/summary.json")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ counts, a Gaussian penalty on the length, times 10 (Vedantam et al. 2015, https:
 import functools
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -40,11 +41,20 @@ def ptb_tokenize(captions: dict[str, list[str]]) -> dict[str, list[str]]:
     Captions are one stream to the tokenizer: a caption that ends in `No.` may be read differently before another
     neighbour, so the order is part of the result. Raises UserError where Java or its tokenizer does not run.
     """
+    lines = tuple(" ".join(caption.split()) for group in captions.values() for caption in group)
+    words = iter(tokenize_lines(lines))
+    return {key: [next(words) for _ in group] for key, group in captions.items()}
+
+
+@functools.lru_cache(maxsize=8)  # metrics and runs ask for the same references
+def tokenize_lines(lines: tuple[str, ...]) -> tuple[str, ...]:
+    """`ptb_tokenize` of captions without line breaks."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-    lines = [" ".join(caption.split()) for group in captions.values() for caption in group]
-    command = [find_java(), "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    quick = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]  # for a run of a tenth of a second
+    command = [find_java(), *quick, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    command += ["-preserveLines", "-lowerCase"]
     text = "".join(line + "\n" for line in lines).encode()
     done = subprocess.run(command, input=text, capture_output=True)
     if done.returncode:
@@ -53,8 +63,7 @@ def ptb_tokenize(captions: dict[str, list[str]]) -> dict[str, list[str]]:
     tokenized = done.stdout.decode("utf-8").split("\n")[:-1]
     if len(tokenized) != len(lines):
         raise RuntimeError(f"the PTB tokenizer returned {len(tokenized)} lines for {len(lines)} captions")
-    words = (" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS) for line in tokenized)
-    return {key: [next(words) for _ in group] for key, group in captions.items()}
+    return tuple(" ".join(w for w in line.split() if w not in ptbtokenizer.PUNCTUATIONS) for line in tokenized)
 
 
 def cider(
@@ -71,7 +80,9 @@ def cider(
 
     scored = list(predictions)
     others = [photo for photo in references if photo not in predictions] if idf == "full" else []
-    hypotheses = ptb_tokenize({photo: [predictions[photo]] for photo in scored}) | {photo: [""] for photo in others}
-    _, scores = Cider().compute_score(ptb_tokenize({photo: references[photo] for photo in scored + others}), hypotheses)
+    texts = {photo: references[photo] for photo in scored + others}, {photo: [predictions[photo]] for photo in scored}
+    with ThreadPoolExecutor(2) as pool:  # most of a call is the start of Java
+        gold, hypotheses = pool.map(ptb_tokenize, texts)
+    _, scores = Cider().compute_score(gold, hypotheses | {photo: [""] for photo in others})
     scores = scores[: len(scored)]
     return float(scores.mean()), dict(zip(scored, scores.tolist()))

@@ -1,21 +1,20 @@
 """CLIPScore: how well a caption fits its photo, without references (Hessel et al. 2021, arXiv:2104.08718).
 
 2.5 * max(cos(photo, caption), 0), here on the raw caption, as captioning courses compute it; the paper's own code
-puts "A photo depicts " before it.
+puts "A photo depicts " before it. RefCLIPScore is its harmonic mean with the caption's nearness to the references.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
-from itertools import islice
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common import UserError
+from common import UserError, weights_hash
 from models.hub import hub_or_cache, why
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
 
 WEIGHT = 2.5
 
@@ -121,24 +120,38 @@ def encode_captions(clip: Clip, tokens: "torch.Tensor", batch_size: int = 32) ->
     return torch.cat(vectors)[order.argsort().to(clip.device)]
 
 
-def clip_scores(
-    clip: Clip, photos: Iterable[tuple[str, "Image"]], captions: dict[str, str], batch_size: int = 32
-) -> tuple[dict[str, float], list[str]]:
-    """CLIPScore of (name, RGB photo) and {name: caption}: ({name: 0 to 2.5}, names of captions that were cut).
+class PhotoSide:
+    """A CLIP's photo tower in the form that `data.features` caches: unit vectors, one token of D a photo."""
 
-    Only the photos that come are scored, `batch_size` at a time, so an iterator of many needs little memory.
-    """
+    tokens = 1
+
+    def __init__(self, clip: Clip):
+        self.clip, self.transform, self.device = clip, clip.transform, clip.device
+        self.width = encode_captions(clip, tokenize(clip, [""])[0]).shape[1]  # open_clip's models name it in many ways
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides a vector: architecture, transform and every weight of the photo tower."""
+        tower = self.clip.model.visual
+        return weights_hash(re.sub(r" at 0x[0-9a-f]+", "", f"CLIPScore {self.transform} {tower}"), tower)
+
+    def __call__(self, pixels: "torch.Tensor") -> "torch.Tensor":
+        """(B, 3, H, W) -> (B, 1, D)"""
+        import torch
+
+        with torch.inference_mode():
+            return self.clip.model.encode_image(pixels, normalize=True)[:, None]
+
+
+def clip_scores(photos: "torch.Tensor", captions: "torch.Tensor") -> "torch.Tensor":
+    """CLIPScore (N,), from 0 to 2.5, of N photos and their captions as unit vectors (N, D)."""
+    return WEIGHT * (photos * captions).sum(dim=1).clamp(min=0)
+
+
+def ref_clip_scores(
+    scores: "torch.Tensor", captions: "torch.Tensor", references: Sequence["torch.Tensor"]
+) -> "torch.Tensor":
+    """RefCLIPScore (N,) from CLIPScore (N,), captions (N, D) and each photo's references (K, D)."""
     import torch
 
-    tokens, too_long = tokenize(clip, list(captions.values()))
-    texts = dict(zip(captions, encode_captions(clip, tokens, batch_size)))
-    scores: dict[str, float] = {}
-    photos = iter(photos)
-    while batch := list(islice(photos, batch_size)):
-        names, images = zip(*batch)
-        pixels = torch.stack([clip.transform(image) for image in images]).to(clip.device)
-        with torch.inference_mode():
-            vectors = clip.model.encode_image(pixels, normalize=True)  # (B, D)
-            cosines = (vectors * torch.stack([texts[name] for name in names])).sum(dim=1)  # (B,)
-        scores |= zip(names, (WEIGHT * cosines.clamp(min=0)).tolist())
-    return scores, [name for name, long in zip(captions, too_long) if long]
+    near = torch.stack([(own @ caption).max() for own, caption in zip(references, captions)]).clamp(min=0)
+    return 2 * scores * near / (scores + near).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -147,3 +147,26 @@ def make_captioner(captioner_config) -> Callable[..., Captioner]:
         return captioner
 
     return make
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium behind its driver, both from PATH; tests that look at pages are skipped without them."""
+    import shutil
+
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (program and driver):
+        pytest.skip("no chromium and chromedriver on PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    quiet = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    for flag in (*quiet.split(), "disable-component-update", "disable-sync", "window-size=1280,900"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    window = webdriver.Chrome(options, Service(driver))
+    yield window
+    window.quit()

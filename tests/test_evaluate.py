@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from common import UserError
-from data.images import open_photo
 from evaluate import Config, fixed_point, main
 from metrics import cider as cider_module
 from metrics.cider import cider, find_java, ptb_tokenize
-from metrics.clipscore import clip_scores, encode_captions, load_clip, tokenize
+from metrics.clipscore import PhotoSide, clip_scores, encode_captions, load_clip, ref_clip_scores, tokenize
 
 ROOT = Path(__file__).parent.parent
 DATA = os.environ.get("CAPTION_DATA")
@@ -182,7 +181,7 @@ def test_the_script_scores_as_the_libraries_do(scene, clip_folder):
                "--annotation_file", "val.json", "--clip_model", f"local-dir:{clip_folder}", "--batch_size", "2"]
     means = last_line(done := subprocess.run(command, cwd=scene, capture_output=True, text=True))
     scores = json.loads((scene / "captions.scores.json").read_text())
-    assert done.stderr == ""
+    assert all(line.startswith("encode photos") for line in done.stderr.split("\n") if line)
     assert (scores["n"], scores["idf"], list(scores["photos"])) == (3, "subset", list(CAPTIONS))
     assert scores["corpus"] == {"cider": means["CIDEr"], "clipscore": means["CLIPScore"]}
     assert means["CIDEr"] == cider(REFERENCES, CAPTIONS)[0]
@@ -196,11 +195,11 @@ def test_an_unreadable_photo_and_a_long_caption_are_named(scene, clip_folder, ca
     (scene / "photos" / "truck.png").write_bytes(b"no photo")
     long = "a very long caption " * 40
     (scene / "captions.json").write_text(json.dumps(CAPTIONS | {"river": long}))
-    files = {"predictions": scene / "captions.json", "annotations": scene / "val.json", "images": scene / "photos"}
-    main(Config(**files, clip_model=f"local-dir:{clip_folder}"))
+    files = {"predictions": [scene / "captions.json"], "annotations": scene / "val.json", "images": scene / "photos"}
+    main(Config(**files, clip_model=f"local-dir:{clip_folder}", features=scene / "features"))
     scores = json.loads((scene / "captions.scores.json").read_text())
     said = capsys.readouterr().err
-    assert "truck.png" in said and "2 of 3 photos" in said and "(river)" in said
+    assert "truck.png" in said and "2 of 3 photos" in said and "the caption of 1 photo (river) only in part" in said
     assert scores["photos"]["truck"]["clipscore"] is None and scores["photos"]["truck"]["cider"] > 0
     of_river = plain_clipscore(clip_folder, scene / "photos" / "river.png", long)
     assert scores["photos"]["river"]["clipscore"] == pytest.approx(of_river, abs=1e-6)
@@ -208,16 +207,35 @@ def test_an_unreadable_photo_and_a_long_caption_are_named(scene, clip_folder, ca
     assert scores["corpus"]["clipscore"] == pytest.approx(mean, abs=1e-12)
 
 
-def test_many_batches_give_every_photo_the_score_of_one(scene, clip_folder):
-    clip = load_clip(f"local-dir:{clip_folder}")
-    photos = {name: open_photo(scene / "photos" / f"{name}.png") for name in REFERENCES}
-    captions = {f"{name} {n}": CAPTIONS[name] + " and so on" * n for name in photos for n in range(5)}
-    one_batch, _ = clip_scores(clip, [(key, photos[key.split()[0]]) for key in captions], captions, batch_size=15)
-    assert list(one_batch) == list(captions)
-    for batch_size in (1, 2, 4):
-        some = [(key, photos[key.split()[0]]) for key in reversed(captions) if key != "river 3"]
-        scores, _ = clip_scores(clip, iter(some), captions, batch_size)
-        assert scores == pytest.approx({key: one_batch[key] for key, _ in some}, abs=1e-6)
+def test_a_second_run_of_captions_reads_no_photo_and_batches_change_nothing(scene, clip_folder, monkeypatch):
+    files = {"predictions": [scene / "captions.json"], "annotations": scene / "val.json", "images": scene / "photos"}
+    settings = files | {"clip_model": f"local-dir:{clip_folder}", "features": scene / "features"}
+    main(Config(**settings))
+    first = json.loads((scene / "captions.scores.json").read_text())
+    monkeypatch.setattr(PhotoSide, "__call__", lambda *_: pytest.fail("a photo was encoded again"))
+    monkeypatch.setattr("data.images.open_photo", lambda *_: pytest.fail("a photo was decoded again"))
+    main(Config(**settings, batch_size=1))
+    again = json.loads((scene / "captions.scores.json").read_text())
+    for name, scores in again["photos"].items():
+        assert scores == pytest.approx(first["photos"][name], abs=1e-6)
+
+
+def test_ref_clipscore_is_the_harmonic_mean_with_the_nearest_reference(scene, clip_folder):
+    files = {"predictions": [scene / "captions.json"], "annotations": scene / "val.json", "images": scene / "photos"}
+    prefix = "A photo depicts "
+    main(Config(**files, clip_model=f"local-dir:{clip_folder}", metrics=["refclipscore"], clip_prefix=prefix,
+                features=scene / "features"))
+    scores = json.loads((scene / "captions.scores.json").read_text())
+    model = load_clip(f"local-dir:{clip_folder}")
+    for name, caption in CAPTIONS.items():
+        photo = plain_clipscore(clip_folder, scene / "photos" / f"{name}.png", prefix + caption)
+        vectors = encode_captions(model, tokenize(model, [prefix + text for text in [caption, *REFERENCES[name]]])[0])
+        near = max((vectors[1:] @ vectors[0]).max().item(), 0)
+        expected = 2 * photo * near / (photo + near) if photo + near else 0
+        assert scores["photos"][name]["refclipscore"] == pytest.approx(expected, abs=1e-6)
+        assert scores["photos"][name]["clipscore"] == pytest.approx(photo, abs=1e-6)
+    assert ref_clip_scores(torch.zeros(1), vectors[:1], [-vectors[:1]]).tolist() == [0.0]  # and no division by zero
+    assert clip_scores(vectors[:1], -vectors[:1]).tolist() == [0.0]
 
 
 def test_trimmed_captions_have_the_vectors_of_padded_ones(clip_folder):
@@ -263,10 +281,72 @@ def test_limit_takes_the_first_photos_of_the_annotations(scene):
     assert means["CIDEr"] == cider(REFERENCES, two, idf="full")[0]
 
 
+# ------------------------------------------------------------------------------------------- several runs
+
+
+def scored(scene: Path, *names: str, **settings) -> dict:
+    predictions = [scene / f"{name}.json" for name in names]
+    main(Config(predictions, annotations=scene / "val.json", metrics=["cider"], **settings))
+    own = names[0] + ".scores.json" if len(names) == 1 else "scores.json"
+    return json.loads((scene / own).read_text())
+
+
+def test_runs_are_compared_photo_by_photo(scene, capsys):
+    worse = CAPTIONS | {"truck": "a cat", "river": CAPTIONS["river"] + "\u2028" + "word " * 101}
+    (scene / "worse.json").write_text(json.dumps(dict(reversed(worse.items()))))
+    content = scored(scene, "captions", "worse")
+    out, err = capsys.readouterr()
+    first, second = content["runs"]
+    assert (first["name"], second["name"], second["n"]) == ("captions", "worse", 3)
+    assert first["corpus"]["cider"] == cider(REFERENCES, CAPTIONS)[0]
+    assert second["corpus"]["cider"] == cider(REFERENCES, dict(reversed(worse.items())))[0]
+    (pair,) = content["paired"]
+    change = second["corpus"]["cider"] - first["corpus"]["cider"]
+    assert (pair["run"], pair["against"], pair["metric"]) == ("worse", "captions", "cider")
+    assert pair["difference"] == pytest.approx(change) and pair["low"] <= change <= pair["high"] and 0 < pair["p"] <= 1
+    low, high = first["intervals"]["cider"]
+    assert low <= first["corpus"]["cider"] <= high
+    assert f"  captions  {first['corpus']['cider']:.4f} [{low:.4f}, {high:.4f}]\n" in out
+    assert f"  worse     {second['corpus']['cider']:.4f} [" in out and f"p {pair['p']:.4f}" in out
+    assert out.splitlines()[-1] == f"CIDEr: {fixed_point(first['corpus']['cider'])} | CLIPScore: n/a"
+    assert "line breaks in the caption of 1 photo (river), read as spaces" in err and "more than 100 words" in err
+
+
+def test_a_run_without_some_captions_is_scored_as_was_said(scene, capsys):
+    (scene / "fewer.json").write_text(json.dumps({"truck": CAPTIONS["truck"], "chess": CAPTIONS["chess"]}))
+    with pytest.raises(UserError, match=r"fewer.json has no caption for 1 photo \(river\)"):
+        scored(scene, "captions", "fewer")
+    both = scored(scene, "captions", "fewer", missing="skip")
+    assert [run["n"] for run in both["runs"]] == [2, 2] and both["runs"][0]["missing"] == "skip"
+    assert "river" not in both["runs"][0]["photos"] and both["runs"][0]["corpus"] == both["runs"][1]["corpus"]
+    both = scored(scene, "captions", "fewer", missing="zero")
+    assert both["runs"][1]["n"] == 3 and both["runs"][1]["photos"]["river"]["cider"] == 0.0
+    assert both["runs"][0]["corpus"]["cider"] == cider(REFERENCES, CAPTIONS)[0]
+    err = capsys.readouterr().err
+    assert "(river): left out for all runs" in err and "(river): scored 0" in err
+
+
+def test_an_empty_caption_scores_zero_by_clip_too(scene, clip_folder):
+    (scene / "captions.json").write_text(json.dumps(dict.fromkeys(CAPTIONS, " ") | {"chess": "chess"}))
+    main(Config([scene / "captions.json"], annotations=scene / "val.json", images=scene / "photos",
+                metrics=["clipscore"], clip_model=f"local-dir:{clip_folder}", features=scene / "features"))
+    photos = json.loads((scene / "captions.scores.json").read_text())["photos"]
+    assert photos["truck"]["clipscore"] == photos["river"]["clipscore"] == 0.0
+
+
+def test_best_and_worst_are_named(scene, capsys):
+    by_photo = {stem: scores["cider"] for stem, scores in scored(scene, "captions")["photos"].items()}
+    out = capsys.readouterr().out
+    for which, choose in (("best", max), ("worst", min)):
+        stem = choose(by_photo, key=by_photo.get)
+        assert f"{which} by CIDEr-D: {stem} {by_photo[stem]:.4f} {CAPTIONS[stem]}\n" in out
+
+
 @pytest.mark.parametrize(
     "captions, flags, said",
     [
         ({"truck": "a truck", "chess": "chess"}, ["--metrics=cider"], "no caption for 1 photo (river) of val.json"),
+        (CAPTIONS, ["--metrics=cider", "--page=scores.txt"], "page: expected the name of an HTML file"),
         (CAPTIONS | {"moon": "the moon"}, ["--metrics=cider"], "no references for 1 photo (moon) of captions.json"),
         (CAPTIONS, [], "images: expected the folder of the photos"),
         (CAPTIONS, ["--metrics=cider", "--output=val.json"], "output: val.json exists; give another name"),

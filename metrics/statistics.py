@@ -1,0 +1,95 @@
+"""How sure a score is: bootstrap intervals over photos, and paired comparison of two captioners of the same photos.
+
+A corpus score is a function of sums over photos (a mean, or BLEU's clipped counts), so every resample is a product of
+a matrix of counts and those sums. CIDEr's n-gram weights are held fixed: on 1,000 photos that makes no difference.
+Efron 1979; paired tests as in Koehn 2004 (https://aclanthology.org/W04-3250) and Riezler and Maxwell 2005.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """(..., 2) sums of scores and of photos that have one -> their mean, nan where none has."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one run."""
+
+    corpus: float
+    """The score of all photos."""
+    photos: dict[str, float]
+    """Scores by photo; a photo that has none (it could not be read) is not there."""
+    parts: dict[str, tuple[float, ...]] | None = None
+    """By photo what `of_sums` takes the sum of; without it the corpus score is the mean of `photos`."""
+    of_sums: Callable[[np.ndarray], np.ndarray] | None = ratio
+    """(..., C) sums of parts -> (...) corpus scores; None where the corpus score is no function of sums."""
+
+    def matrix(self, stems: list[str]) -> np.ndarray:
+        """(N, C) parts in the order of `stems`."""
+        if self.parts is not None:
+            return np.array([self.parts[stem] for stem in stems])
+        return np.array([(self.photos.get(stem, 0.0), float(stem in self.photos)) for stem in stems])
+
+
+def mean_score(photos: dict[str, float]) -> Score:
+    """A metric whose corpus score is the mean over photos."""
+    return Score(float(np.mean(list(photos.values()))), photos)
+
+
+@functools.lru_cache(maxsize=2)  # the same for every metric and run
+def _counts(photos: int, seed: int) -> np.ndarray:
+    """How often each photo is in each resample, (RESAMPLES, N)."""
+    share = np.full(photos, 1 / photos)
+    return np.random.default_rng(seed).multinomial(photos, share, size=RESAMPLES).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=2)
+def _signs(photos: int, seed: int) -> np.ndarray:
+    """Which photos' two captions change sides in each permutation, (RESAMPLES, N) of 1 and -1."""
+    return np.random.default_rng(seed).choice(np.array([1, -1], np.int8), (RESAMPLES, photos))
+
+
+def _sums(draws: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """(R, N) times (N, C), few rows at a time as floats."""
+    pieces = np.array_split(draws, 1 + draws.size // 4_000_000)
+    return np.concatenate([piece.astype(float) @ parts for piece in pieces])
+
+
+def interval(score: Score, stems: list[str], seed: int = 0) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the corpus score over photos."""
+    values = score.of_sums(_sums(_counts(len(stems), seed), score.matrix(stems)))
+    low, high = np.nanpercentile(values, (2.5, 97.5))
+    return float(low), float(high)
+
+
+class Difference(NamedTuple):
+    """Of the second of two runs from the first."""
+
+    difference: float
+    low: float
+    """The difference's 95% interval, from `low` to `high`: both runs on the same resampled photos."""
+    high: float
+    p: float
+    """Two-sided, of a permutation test in which each photo's two captions change sides at random."""
+
+
+def paired(first: Score, second: Score, stems: list[str], seed: int = 0) -> Difference:
+    """How `second` differs from `first` on the same photos."""
+    one, two, value = first.matrix(stems), second.matrix(stems), first.of_sums
+    counts = _counts(len(stems), seed)
+    low, high = np.nanpercentile(value(_sums(counts, two)) - value(_sums(counts, one)), (2.5, 97.5))
+    observed = float(value(two.sum(axis=0)) - value(one.sum(axis=0)))
+    middle, change = (one + two).sum(axis=0) / 2, _sums(_signs(len(stems), seed), (two - one) / 2)
+    swapped = np.abs(value(middle + change) - value(middle - change))
+    as_far = np.sum(swapped >= abs(observed) - 1e-12)  # the tolerance is for sums in another order
+    return Difference(observed, float(low), float(high), float((1 + as_far) / (1 + RESAMPLES)))
