@@ -191,22 +191,25 @@ class Captioner(nn.Module):
 
     def forward(self, features: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """(B, P, D_image) features and B packed rows -> sum of the supervised losses, their number."""
-        lm = causal_lm(self.decoder)
         image = self.prefix(features)
-        tokens = image.shape[1]
+        hidden = self.hidden(image, rows)[:, image.shape[1] :]
+        supervised = rows.labels != -100
+        head = causal_lm(self.decoder).get_output_embeddings()
+        weights = [weight for weight in head.parameters() if weight.requires_grad and torch.is_grad_enabled()]
+        loss = ChunkedCrossEntropy.apply(hidden[supervised], rows.labels[supervised], head, *weights)
+        return loss, supervised.sum()
+
+    def hidden(self, image: Tensor, rows: Rows) -> Tensor:
+        """(B, P, D_text) image prefix and B packed rows of L tokens -> (B, P + L, D_text) final hidden states."""
+        lm, tokens = causal_lm(self.decoder), image.shape[1]
         inputs = torch.cat([image, lm.get_input_embeddings()(rows.input_ids)], dim=1)
         image_positions = torch.arange(tokens, device=image.device).expand(len(image), -1)
-        hidden = lm.base_model(
+        return lm.base_model(
             inputs_embeds=inputs,
             attention_mask=prefix_mask(rows.segments, tokens, inputs.dtype),
             position_ids=torch.cat([image_positions, tokens + rows.positions], dim=1),
             use_cache=False,
         ).last_hidden_state
-        supervised = rows.labels != -100
-        head = lm.get_output_embeddings()
-        weights = [weight for weight in head.parameters() if weight.requires_grad and torch.is_grad_enabled()]
-        loss = ChunkedCrossEntropy.apply(hidden[:, tokens:][supervised], rows.labels[supervised], head, *weights)
-        return loss, supervised.sum()
 
     def merge(self) -> "Captioner":
         """Fold LoRA into the decoder, for inference."""
@@ -214,12 +217,12 @@ class Captioner(nn.Module):
         return self
 
     @torch.inference_mode()
-    def caption(self, features: Tensor, decoding: Decoding = Decoding(), seeds: Sequence[int] = ()) -> list[str]:
-        """(B, P, D_image) -> B captions; sampling draws by one of B `seeds` for each.
+    def generate(self, features: Tensor, decoding: Decoding = Decoding(), seeds: Sequence[int] = ()) -> list[list[int]]:
+        """(B, P, D_image) -> token ids of B captions, without EOS; sampling draws by one of B `seeds` for each.
 
         All photos have equally long prefixes, so that nothing is padded.
         """
-        from models.sampling import generation_config, samplers
+        from models.sampling import generation_config, samplers, until_eos
 
         lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
         image = self.prefix(features)
@@ -232,7 +235,15 @@ class Captioner(nn.Module):
             generation_config=generation_config(decoding, eos, pad=eos),
             logits_processor=samplers(decoding, seeds),
         )
-        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return until_eos(ids, eos)
+
+    def caption(self, features: Tensor, decoding: Decoding = Decoding(), seeds: Sequence[int] = ()) -> list[str]:
+        """The captions of `generate` as text."""
+        return [self.text(ids) for ids in self.generate(features, decoding, seeds)]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Token ids -> caption, white space collapsed."""
+        return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
 
 
 def build_captioner(config: CaptionerConfig, load_weights: bool = True) -> Captioner:

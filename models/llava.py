@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList
 from common import UserError
 from models.captioner import Decoding
 from models.hub import hub_or_cache, means_folder, quiet, why
-from models.sampling import InTurn, generation_config, samplers
+from models.sampling import InTurn, generation_config, samplers, until_eos
 
 # Published settings of the three decodings.
 PRESETS = {
@@ -49,11 +49,30 @@ class Llava(nn.Module):
         )
         return inputs.to(self.model.device, self.model.dtype)
 
-    @torch.inference_mode()
+    @property
+    def eos(self) -> int | list[int]:
+        """The token, or tokens, that end a caption."""
+        eos = self.model.generation_config.eos_token_id
+        return self.processor.tokenizer.eos_token_id if eos is None else eos
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Token ids -> caption, white space collapsed."""
+        return " ".join(self.processor.decode(ids, skip_special_tokens=True).split())
+
     def caption(
         self, images: Sequence[Image.Image], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
     ) -> dict[str, list[str]]:
-        """B photos -> B captions for each decoding's name; `seeds[name]` are the B seeds that sampling draws by."""
+        """The captions of `generate` as text."""
+        return {
+            name: [self.text(ids) for ids in captions]
+            for name, captions in self.generate(images, decodings, seeds).items()
+        }
+
+    @torch.inference_mode()
+    def generate(
+        self, images: Sequence[Image.Image], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
+    ) -> dict[str, list[list[int]]]:
+        """B photos -> token ids of B captions, without EOS, for each decoding's name, drawn by `seeds[name]`."""
         inputs = self.inputs(images)
         cache = self._prefill(inputs)
         together: dict[tuple, list[str]] = {}  # decodings that take the same steps go as rows of one batch
@@ -63,29 +82,25 @@ class Llava(nn.Module):
         captions = {}
         for number, names in enumerate(together.values(), start=1):
             own = cache if number == len(together) else copy.deepcopy(cache)
-            chosen = {name: (decodings[name], seeds[name]) for name in names}
-            captions |= self._decode(inputs, own, chosen)
+            captions |= self._decode(inputs, own, {name: (decodings[name], seeds[name]) for name in names})
         return {name: captions[name] for name in decodings}
 
     def _decode(
         self, inputs: dict[str, Tensor], cache, chosen: dict[str, tuple[Decoding, Sequence[int]]]
-    ) -> dict[str, list[str]]:
+    ) -> dict[str, list[list[int]]]:
         """Go on from the prompt's `cache`, which is used up, with every photo once for each of the decodings."""
         ids, mask, count = inputs["input_ids"], inputs["attention_mask"], len(chosen)
         cache.batch_repeat_interleave(count)
-        eos, pad = self.model.generation_config.eos_token_id, self.processor.tokenizer.pad_token_id
-        eos = self.processor.tokenizer.eos_token_id if eos is None else eos
         first, *_ = (decoding for decoding, _ in chosen.values())
         out = self.model.generate(
             input_ids=ids.repeat_interleave(count, dim=0),
             attention_mask=mask.repeat_interleave(count, dim=0),
             past_key_values=cache,
-            generation_config=generation_config(first, eos, pad),
+            generation_config=generation_config(first, self.eos, self.processor.tokenizer.pad_token_id),
             logits_processor=LogitsProcessorList([InTurn([samplers(*one) for one in chosen.values()])]),
         )
-        new = out[:, ids.shape[1] :]  # by position: a prompt's text may come back in a caption
-        texts = [" ".join(text.split()) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
-        return {name: texts[place::count] for place, name in enumerate(chosen)}
+        new = until_eos(out[:, ids.shape[1] :], self.eos)  # by position: a prompt's text may come back in a caption
+        return {name: new[place::count] for place, name in enumerate(chosen)}
 
     def _prefill(self, inputs: dict[str, Tensor]):
         """The cache of keys and values of all but the prompt's last token, by which each decoding begins."""

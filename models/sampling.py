@@ -6,6 +6,7 @@ log-probabilities plus Gumbel noise is a draw from their distribution (Gumbel 19
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -70,3 +71,13 @@ def generation_config(decoding: Decoding, eos: int | list[int], pad: int) -> Gen
         eos_token_id=eos,
         pad_token_id=pad,
     )
+
+
+def until_eos(ids: Tensor, eos: int | list[int]) -> list[list[int]]:
+    """(B, L) generated ids -> each row's up to its first end token, without it.
+
+    >>> until_eos(torch.tensor([[5, 6, 0, 0], [7, 8, 9, 10]]), eos=0)
+    [[5, 6], [7, 8, 9, 10]]
+    """
+    ends = {eos} if isinstance(eos, int) else set(eos)
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]

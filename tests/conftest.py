@@ -110,7 +110,7 @@ def llava_folder(tmp_path_factory) -> Path:
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = shape | {"num_key_value_heads": 2, "initializer_range": 0.2}
-    tokenizer = train_llava_tokenizer([caption.format(*COLOURS[:2]) for caption in CAPTIONS])
+    tokenizer = train_llava_tokenizer([*(caption.format(*COLOURS[:2]) for caption in CAPTIONS), "it's , - ."])
     torch.manual_seed(0)
     model = build_llava(tokenizer, shape | {"image_size": 336, "patch_size": 14}, text)
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=0.5)  # captions differ by photo

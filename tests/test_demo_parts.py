@@ -173,7 +173,7 @@ def test_standins_load_and_are_kept(root, tmp_path, capsys):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    settings = standins.Config(data=root, output=tmp_path, things_steps=3, scenes_steps=3, gpt2_steps=12, llava_steps=3)
+    settings = standins.Config(data=root, output=tmp_path, clip_steps=3, gpt2_steps=12, llava_steps=3)
     standins.main(settings)
     capsys.readouterr()
     made = files(tmp_path)

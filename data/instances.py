@@ -1,0 +1,58 @@
+"""Masks of the objects in photos, from COCO's instances files (polygons or run lengths)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common import UserError, check
+from data.annotations import read_text
+
+EXPECTED = "COCO instances: images, categories and annotations with a segmentation each"
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The objects of the photos of one file, decoded as they are asked for."""
+
+    path: Path
+    sizes: dict[str, tuple[int, int]]
+    """(height, width) by photo stem."""
+    objects: dict[str, dict[str, list]]
+    """Segmentations by photo stem, then by category."""
+    categories: list[str]
+
+    def masks(self, stem: str) -> dict[str, np.ndarray]:
+        """{category: (H, W) bool, True on any object of it} of a photo; empty where the file does not know it."""
+        from pycocotools import mask as run_lengths
+
+        found = {}
+        for name, segmentations in self.objects.get(stem, {}).items():
+            height, width = self.sizes[stem]
+            lengths = []
+            for one in segmentations:
+                if isinstance(one, list) or isinstance(one["counts"], list):
+                    one = run_lengths.frPyObjects(one, height, width)
+                lengths += one if isinstance(one, list) else [one]
+            found[name] = run_lengths.decode(run_lengths.merge(lengths)).astype(bool)
+        return found
+
+
+def read_instances(path: Path) -> Instances:
+    """Read an instances file. Raises UserError where it is not one, naming what is wrong."""
+    try:
+        content = json.loads(read_text(path, EXPECTED))
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
+        sizes = {Path(image["file_name"]).stem: (image["height"], image["width"]) for image in content["images"]}
+        objects: dict[str, dict[str, list]] = {stem: {} for stem in sizes}
+        for annotation in content["annotations"]:
+            of_photo = objects[stems[annotation["image_id"]]]
+            of_photo.setdefault(names[annotation["category_id"]], []).append(annotation["segmentation"])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"instances: {path}: not JSON ({error}); expected {EXPECTED}") from None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"instances: {path}: {error} is missing or unknown; expected {EXPECTED}") from None
+    check([f"instances: {path}: no photos in it"] if not objects else [])
+    return Instances(path, sizes, objects, list(names.values()))

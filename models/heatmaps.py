@@ -1,0 +1,126 @@
+"""From what a caption's tokens looked at to one map a word: the report's four methods, and those that ground better.
+
+All methods work on one `Look`; nothing here runs a model. W units (words or tokens), P patches in R rows and C columns.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.probe import Look
+
+BAND = (0.4, 0.6)  # of the depth: in middle layers words attend to what they name
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A word, or a token, of a caption."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """Places of its tokens in the caption."""
+    probability: float
+    """Product of its tokens'."""
+    image_mass: float
+    """Share of attention, mean over heads, layers and tokens, that went to the photo's patches."""
+
+
+def split_units(look: Look, tokenizer, unit: str = "word") -> list[Unit]:
+    """The words of a caption (sub-words joined, the closing EOS left out), or its tokens, EOS included.
+
+    Byte-level tokenizers mark the start of a word by `Ġ`, SentencePiece by `▁`; punctuation stands alone.
+    """
+    groups: list[list[int]] = []
+    if unit == "token":
+        groups = [[place] for place in range(len(look.ids))]
+    else:
+        lone = False  # a mark alone belongs to the piece behind it
+        for place, piece in enumerate(tokenizer.convert_ids_to_tokens(look.ids[:-1])):
+            bare = re.sub("^[Ġ▁Ċ]+", "", piece)
+            goes_on = bare[:1].isalnum() or bare[:1] == "'" or ord(bare[:1] or " ") > 127
+            if not groups or not (lone or (bare == piece and goes_on)):
+                groups.append([])
+            groups[-1].append(place)
+            lone = not bare
+    mass = look.mean.sum(axis=2).mean(axis=0)  # (T)
+    units = []
+    for group in groups:
+        text = tokenizer.decode([look.ids[place] for place in group]).strip()
+        if text or unit == "token":
+            probability = float(np.prod(look.probabilities[group]))
+            units.append(Unit(text, tuple(group), probability, float(mass[group].mean())))
+    return units
+
+
+def joined(rows: np.ndarray, units: Sequence[Unit]) -> np.ndarray:
+    """(..., T, P) maps of tokens -> (..., W, P): a word takes the maximum of its pieces, for a mean would blur it."""
+    return np.stack([rows[..., list(unit.tokens), :].max(axis=-2) for unit in units], axis=-2)
+
+
+def band(layers: int) -> slice:
+    """The middle layers.
+
+    >>> band(32), band(4), band(1)
+    (slice(12, 20, None), slice(1, 3, None), slice(0, 1, None))
+    """
+    first = int(BAND[0] * layers)
+    return slice(first, max(first + 1, int(np.ceil(BAND[1] * layers))))
+
+
+def _mid(look: Look, units: Sequence[Unit]) -> np.ndarray:
+    return joined(look.mean[band(len(look.mean))], units).mean(axis=0)
+
+
+def against_others(maps: np.ndarray) -> np.ndarray:
+    """(W, P) attention -> what tells each word's share from that of the caption's other words, patch by patch.
+
+    Sinks, patches that soak up attention whatever the word, hide what words differ in; they do not destroy it. With
+    a the share of a patch among all patches and b its mean share for the other words, this is a log(a / b), the patch's
+    part of the Kullback-Leibler divergence: nothing at sinks, where a = b, and little where there is little attention.
+    """
+    share = maps / np.maximum(maps.sum(axis=1, keepdims=True), 1e-12)
+    count = len(share)
+    others = (share.sum(axis=0) - share) / (count - 1) if count > 1 else np.full_like(share, 1 / share.shape[1])
+    level = max(float(np.median(others)), 1e-12)  # keeps the ratio of two near-nothings quiet
+    return share * np.log((share + level) / (others + level))
+
+
+def smoothed(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """(W, P) -> (W, P) under a 3 x 3 binomial filter on the grid of patches."""
+    padded = np.pad(maps.reshape(-1, *grid), ((0, 0), (1, 1), (1, 1)), mode="edge")
+    for axis in (1, 2):
+        parts = [np.take(padded, range(start, padded.shape[axis] - 2 + start), axis) for start in range(3)]
+        padded = (parts[0] + 2 * parts[1] + parts[2]) / 4
+    return padded.reshape(len(maps), -1)
+
+
+def _lens(look: Look, units: Sequence[Unit]) -> np.ndarray:
+    own = joined(look.lens, units)
+    return own - own.mean(axis=0)
+
+
+Method = Callable[[Look, Sequence[Unit], tuple[int, int]], np.ndarray]
+METHODS: dict[str, Method] = {
+    "last_mean": lambda look, units, grid: joined(look.mean[-1], units),
+    "last_max": lambda look, units, grid: joined(look.peak[-1], units),
+    "penult_mean": lambda look, units, grid: joined(look.mean[-2:][0], units),
+    "penult_max": lambda look, units, grid: joined(look.peak[0], units),
+    "mid": lambda look, units, grid: _mid(look, units),
+    "demean": lambda look, units, grid: _mid(look, units) - _mid(look, units).mean(axis=0),
+    "rel": lambda look, units, grid: smoothed(against_others(_mid(look, units)), grid),
+    "lens": lambda look, units, grid: smoothed(_lens(look, units), grid),
+}
+"""(look, units, grid) -> (W, P) maps; higher is more, and what is shown is their positive part."""
+
+ABOUT = {
+    "last_mean": "last layer, mean over heads",
+    "last_max": "last layer, maximum over heads",
+    "penult_mean": "last layer but one, mean over heads",
+    "penult_max": "last layer but one, maximum over heads",
+    "mid": "middle layers, mean over heads",
+    "demean": "middle layers, less the mean of all words",
+    "rel": "middle layers, against the caption's other words",
+    "lens": "the word's logit at each patch, less the mean of all words",
+}

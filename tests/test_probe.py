@@ -1,0 +1,246 @@
+"""The probe against eager attention with `output_attentions`, and its maps, words and grounding scores."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metrics import grounding
+from metrics.grounding import GroundingTable, Named, auroc, cover_on_grid, find_named, ground
+from metrics.statistics import interval
+from models.captioner import Decoding
+from models.decoder import causal_lm
+from models.heatmaps import METHODS, against_others, joined, smoothed, split_units
+from models.llava import PROMPT, load_llava
+from models.probe import CaptionerEye, LlavaEye, look_captioner, look_llava, probing
+
+IDS = [[5, 9, 13, 7, 11], [14], [8, 8, 12]]
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def seen(request, make_captioner):
+    """A captioner with LoRA, the features of three photos, and the looks of three captions of different lengths."""
+    captioner = make_captioner(request.param).eval()
+    torch.manual_seed(0)
+    features = torch.randn(3, captioner.encoder.tokens, captioner.encoder.width)
+    return captioner, features, look_captioner(captioner, features, IDS)
+
+
+@torch.no_grad()
+def test_our_captioner_is_probed_as_eager_attention_sees_it(seen):
+    captioner, features, looks = seen
+    lm, eos = causal_lm(captioner.decoder), captioner.tokenizer.eos_token_id
+    assert lm.config._attn_implementation != "probe"
+    lm.set_attn_implementation("eager")
+    patches = captioner.encoder.tokens - 1  # the class token is no patch
+    for one, ids, look in zip(features, IDS, looks):
+        image = captioner.prefix(one[None])
+        words = lm.get_input_embeddings()(torch.tensor([[eos, *ids]]))
+        out = lm(inputs_embeds=torch.cat([image, words], dim=1), output_attentions=True, output_hidden_states=True)
+        attention = torch.stack(out.attentions)[:, 0, :, image.shape[1] :, 1 : 1 + patches]  # (L, H, T, P)
+        assert attention.shape[2:] == (len(ids) + 1, patches) and look.ids == [*ids, eos]
+        np.testing.assert_allclose(look.mean, attention.mean(dim=1), atol=1e-5)
+        np.testing.assert_allclose(look.peak, attention[-2:].amax(dim=1), atol=1e-5)
+        chances = out.logits[0, image.shape[1] :].softmax(dim=-1)[range(len(look.ids)), look.ids]
+        np.testing.assert_allclose(look.probabilities, chances, atol=1e-5)
+        lens = lm.get_output_embeddings()(out.hidden_states[-1])[0, 1 : 1 + patches][:, look.ids].T
+        np.testing.assert_allclose(look.lens, lens, atol=1e-4)
+
+
+@torch.no_grad()
+def test_it_sees_what_generation_saw(seen):
+    captioner, features, _ = seen
+    lm = causal_lm(captioner.decoder)
+    (ids,) = captioner.generate(features[:1], Decoding(max_new_tokens=6))
+    look = look_captioner(captioner, features[:1], [ids])[0]
+    lm.set_attn_implementation("eager")
+    image = captioner.prefix(features[:1])
+    first = lm.get_input_embeddings()(torch.tensor([[captioner.tokenizer.eos_token_id]]))
+    out = lm.generate(
+        inputs_embeds=torch.cat([image, first], dim=1), max_new_tokens=6, do_sample=False, output_attentions=True,
+        return_dict_in_generate=True, pad_token_id=captioner.tokenizer.eos_token_id,
+        attention_mask=torch.ones(1, image.shape[1] + 1, dtype=torch.long),
+    )  # fmt: skip
+    for place, step in enumerate(out.attentions[: len(look.ids)]):
+        own = torch.stack(step)[:, 0, :, -1, 1 : image.shape[1]].mean(dim=1)  # (L, P)
+        np.testing.assert_allclose(look.mean[:, place], own, atol=1e-5)
+
+
+@torch.no_grad()
+def test_llava_is_probed_as_eager_attention_sees_it(llava_folder):
+    llava = load_llava(str(llava_folder), PROMPT, torch.device("cpu"), torch.float32)
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)) for _ in IDS]
+    looks = look_llava(llava, images, IDS)
+    assert llava.model.config.text_config._attn_implementation == "sdpa"
+    llava.model.set_attn_implementation("eager")
+    for image, ids, look in zip(images, IDS, looks):
+        inputs = llava.inputs([image])
+        length = inputs["input_ids"].shape[1]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        out = llava.model(**inputs, output_attentions=True)
+        columns = (inputs["input_ids"][0] == llava.model.config.image_token_id).nonzero()[:, 0]
+        attention = torch.stack(out.attentions)[:, 0, :, length - 1 :][..., columns]
+        assert attention.shape[2:] == (len(ids) + 1, 576)
+        np.testing.assert_allclose(look.mean, attention.mean(dim=1), atol=1e-5)
+        chances = out.logits[0, length - 1 :].softmax(dim=-1)[range(len(look.ids)), look.ids]
+        np.testing.assert_allclose(look.probabilities, chances, atol=1e-5)
+
+
+@torch.no_grad()
+def test_left_padding_and_no_mass_on_the_future():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, initializer_range=0.3, **shape)).eval()
+    ids, mask = torch.randint(40, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    rows, every = torch.tensor([[5, 8], [6, 7]]), torch.arange(9).expand(2, -1)
+    with probing(lm, rows, every) as recorder:
+        lm(input_ids=ids, attention_mask=mask, position_ids=positions)
+    lm.set_attn_implementation("eager")
+    out = lm(input_ids=ids, attention_mask=mask, position_ids=positions, output_attentions=True)
+    for layer, own in zip(out.attentions, recorder.mean):
+        expected = layer.mean(dim=1)[torch.arange(2)[:, None], rows]
+        torch.testing.assert_close(own, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(own.sum(dim=2), torch.ones(2, 2))
+        assert own[every[:, None, :].expand_as(own) > rows[:, :, None]].abs().max() == 0
+        assert own[1, :, :4].abs().max() == 0  # nor on padding
+
+
+def test_attention_that_passes_by_is_an_error_and_the_model_is_left_as_it_was(make_captioner, monkeypatch):
+    lm = causal_lm(make_captioner("llama").decoder)
+    with pytest.raises(ZeroDivisionError), probing(lm, torch.zeros(1, 1).long(), torch.zeros(1, 1).long()):
+        assert lm.config._attn_implementation == "probe"
+        raise ZeroDivisionError
+    assert lm.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(type(lm), "set_attn_implementation", lambda *_: None)  # sdpa runs on, and returns no attention
+    with pytest.raises(RuntimeError, match="cannot be probed"):
+        with probing(lm, torch.zeros(1, 1).long(), torch.zeros(1, 1).long()):
+            assert lm(input_ids=torch.tensor([[1]]), output_attentions=True).logits is not None
+
+
+def test_random_weights_have_forgotten(make_captioner, llava_folder):
+    for eye in (
+        CaptionerEye(make_captioner("gpt2").merge()),
+        LlavaEye(load_llava(str(llava_folder), PROMPT, torch.device("cpu"), torch.float32)),
+    ):
+        image = [Image.effect_noise((64, 48), 80).convert("RGB")]
+        before = eye.look(image, [[6, 7]])[0]
+        encoder = eye.features(image) if isinstance(eye, CaptionerEye) else None
+        eye.forget()
+        assert np.abs(eye.look(image, [[6, 7]])[0].lens - before.lens).max() > 0.01
+        assert encoder is None or torch.equal(eye.features(image), encoder)
+
+
+# ------------------------------------------------------------------------------------------- words and maps
+
+
+def test_words_are_joined_and_tokens_are_not(make_captioner, llava_folder):
+    for eye in (
+        CaptionerEye(make_captioner("gpt2").merge()),
+        LlavaEye(load_llava(str(llava_folder), PROMPT, torch.device("cpu"), torch.float32)),
+    ):
+        text = "a red unheard-of box, a box . it's"
+        ids = eye.ids(text)
+        look = eye.look([Image.new("RGB", (64, 64))], [ids])[0]
+        words = split_units(look, eye.tokenizer)
+        assert [word.text for word in words] == ["a", "red", "unheard", "-of", "box", ",", "a", "box", ".", "it's"]
+        assert sorted(place for word in words for place in word.tokens) == list(range(len(ids)))
+        assert words[2].probability == pytest.approx(np.prod(look.probabilities[list(words[2].tokens)]))
+        assert all(0 < word.image_mass <= 1 for word in words)
+        tokens = split_units(look, eye.tokenizer, "token")
+        assert len(tokens) == len(ids) + 1 and tokens[-1].tokens == (len(ids),)  # the closing end token is drawn
+        grid = (int(look.mean.shape[2] ** 0.5),) * 2
+        for method in METHODS.values():
+            maps = method(look, words, grid)
+            assert maps.shape == (len(words), look.mean.shape[2]) and np.isfinite(maps).all()
+            alone = method(look, words[:1], grid)
+            assert np.isfinite(alone).all()
+        (pieces,) = [list(word.tokens) for word in words if word.text == "unheard"]
+        assert len(pieces) > 1
+        assert np.array_equal(joined(look.mean, words)[:, 2], look.mean[:, pieces].max(axis=1))
+
+
+def test_a_sink_hides_nothing_from_rel():
+    """Planted: one patch takes 90% of every word's attention; the word's own patch gets twice what others give it."""
+    maps = np.full((4, 64), 0.001)
+    maps[:, 0] = 0.9
+    for word in range(4):
+        maps[word, 10 + 9 * word] = 0.01
+    assert (maps.argmax(axis=1) == 0).all()
+    assert against_others(maps).argmax(axis=1).tolist() == [10, 19, 28, 37]
+    flat = smoothed(np.ones((2, 12)), (3, 4))
+    assert np.allclose(flat, 1)
+    one = np.zeros((1, 25))
+    one[0, 12] = 16
+    assert smoothed(one, (5, 5)).reshape(5, 5)[1:4, 1:4].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
+
+
+# ------------------------------------------------------------------------------------------- grounding
+
+
+def test_auroc_and_cover_are_what_counting_gives():
+    rng = np.random.default_rng(0)
+    values, on = rng.integers(0, 5, 30).astype(float), rng.random(30)
+    off = 1 - on
+    weights = on[:, None] * off[None, :]
+    wins = (values[:, None] > values[None, :]) + 0.5 * (values[:, None] == values[None, :])
+    assert auroc(values, on, off) == pytest.approx((weights * wins).sum() / weights.sum())
+
+    mask = rng.random((48, 64)) < 0.5
+    whole = cover_on_grid(mask, (0, 0, 64, 48), (6, 8))
+    assert np.allclose(whole, mask.reshape(6, 8, 8, 8).mean(axis=(1, 3)).reshape(-1))
+    cropped = cover_on_grid(mask, (8, 0, 56, 48), (6, 6))
+    assert np.allclose(cropped, mask[:, 8:56].reshape(6, 8, 6, 8).mean(axis=(1, 3)).reshape(-1))
+    half = cover_on_grid(np.ones((4, 4), bool), (0.5, 0, 4.5, 4), (1, 4))  # half a pixel beyond the photo
+    assert np.allclose(half, [1, 1, 1, 0.5])
+
+
+def test_maps_that_know_nothing_score_at_chance_and_the_truth_scores_one():
+    rng = np.random.default_rng(0)
+    grid = (8, 8)
+    table = GroundingTable(0)
+    for photo in range(300):
+        boxes = rng.permutation(16)[:2]
+        covers = []
+        for box in boxes:
+            cover = np.zeros(grid)
+            cover[2 * (box // 4) : 2 * (box // 4) + 2, 2 * (box % 4) : 2 * (box % 4) + 2] = 1
+            covers.append(cover.reshape(-1))
+        named = [Named("one", (1,), covers[0]), Named("two", (3, 4), covers[1])]
+        table.add_controls(str(photo), rng.random((6, 64)), named, grid)
+    scores = table.scores()
+    truth = scores["ground truth on the grid"]
+    assert [truth[metric].corpus for metric in ("match_at_1", "pair_win", "pointing", "energy", "auroc")] == [1.0] * 5
+    assert truth["lift"].corpus == pytest.approx(16)
+    for row in ("random maps", "centre", "caption mean", "shuffled words"):
+        for metric in ("match_at_1", "pair_win"):
+            low, high = interval(scores[row][metric], list(scores[row][metric].parts))
+            assert low <= 0.5 <= high, (row, metric)
+        assert abs(scores[row]["lift"].corpus - 1) < 0.35
+    for row in ("centre", "caption mean"):  # whatever the word: exactly one half
+        assert scores[row]["pair_win"].corpus == scores[row]["match_at_1"].corpus == 0.5
+    content, text = table.summary("random maps", against="centre")
+    assert content["photos"] == 300 and content["objects"] == content["objects_among_others"] == 600
+    assert "match_at_1, random maps less centre" in text
+    assert set(content["rows"]) == set(grounding.CONTROLS)
+
+
+def test_shared_patches_count_for_neither():
+    one, two = np.array([1.0, 1, 0, 0]), np.array([0.0, 1, 1, 0])
+    named = [Named("one", (0,), one), Named("two", (1,), two)]
+    maps = np.array([[0.5, 0.9, 0.1, 0.0], [0.1, 0.9, 0.5, 0.0]])  # both look most at what they share
+    assert ground(maps, named)["match_at_1"] == (2.0, 2)
+    assert ground(maps[::-1].copy(), named)["match_at_1"] == (0.0, 2)
+
+
+def test_objects_are_found_once_and_as_whole_phrases():
+    names = {"hot dog": ["hot dog"], "dog": ["dog"], "person": ["man", "men"]}
+    assert find_named("a man eats a hot dog , a man".split(), names) == [
+        ("hot dog", (4, 5)), ("dog", (5,)), ("person", (1,)),
+    ]  # fmt: skip
+    assert find_named(["dogged"], names) == []
