@@ -64,7 +64,7 @@ class Config:
     sheet: bool = False
     """Also write NAME.methods.png, all methods and words of a photo."""
     scores: Path | None = None
-    """Scores of evaluate.py, from which the best and the worst photos are taken."""
+    """Scores of evaluate.py (the first run's, of several), by which the best and the worst photos are taken."""
     by: str = "clipscore"
     """The metric of `scores` that decides."""
     top: NonNegativeInt = 1
@@ -115,12 +115,13 @@ def choose(photos: list[Photo], cfg: Config) -> tuple[list[Photo], dict[str, str
     if cfg.scores is None:
         return photos, {}
     try:
-        scored = json.loads(cfg.scores.read_text(encoding="utf-8"))["photos"]
+        scored = json.loads(cfg.scores.read_text(encoding="utf-8"))
+        scored = scored.get("runs", [scored])[0]["photos"]
         found = {stem: one[cfg.by] for stem, one in scored.items() if one[cfg.by] is not None}
     except OSError as error:
         raise UserError(f"scores: {cfg.scores}: {(error.strerror or str(error)).lower()}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"scores: {cfg.scores}: expected evaluate.py's of one run, {cfg.by} in it") from None
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        raise UserError(f"scores: {cfg.scores}: expected a file of evaluate.py's, {cfg.by} in it") from None
     by_stem = {photo.stem: photo for photo in photos}
     order = sorted((stem for stem in found if stem in by_stem), key=lambda stem: -found[stem])
     if not order:
@@ -254,20 +255,21 @@ def look_all(eye: Eye, images: list[Image.Image], captions: list[list[list[int]]
 def look_blindly(
     eye: Eye, grounded: dict[Photo, list[tuple[list[int], list[Named]]]], table: GroundingTable, cfg: Config
 ) -> None:
-    """The control of random weights: the same captions read by the same architecture that has learnt nothing."""
-    seed_everything(cfg.seed)
-    eye.forget()
-    for batch in decoded(list(grounded), cfg, "random weights"):
-        captions = [[ids for ids, _ in grounded[photo]] for photo, _ in batch]
-        looks = iter(look_all(eye, [image for _, image in batch], captions))
-        for photo, image in batch:
-            grid = eye.grid(*image.size)
-            for _, named in grounded[photo]:
-                look = next(looks)
-                units = split_units(look, eye.tokenizer, cfg.unit)
-                for name in dict.fromkeys(("last_mean", cfg.method)):
-                    maps = METHODS[name](look, units, (grid.rows, grid.columns))
-                    table.add(f"random weights, {name}", photo.stem, maps, named)
+    """The control of random weights, drawn three times: the same captions read by one that has learnt nothing."""
+    for draw in range(3):
+        seed_everything(cfg.seed + draw)
+        eye.forget()
+        for batch in decoded(list(grounded), cfg, "random weights"):
+            captions = [[ids for ids, _ in grounded[photo]] for photo, _ in batch]
+            looks = iter(look_all(eye, [image for _, image in batch], captions))
+            for photo, image in batch:
+                grid = eye.grid(*image.size)
+                for _, named in grounded[photo]:
+                    look = next(looks)
+                    units = split_units(look, eye.tokenizer, cfg.unit)
+                    for name in dict.fromkeys(("last_mean", cfg.method)):
+                        maps = METHODS[name](look, units, (grid.rows, grid.columns))
+                        table.add(f"random weights, {name}", photo.stem, maps, named)
 
 
 if __name__ == "__main__":

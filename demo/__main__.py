@@ -16,6 +16,7 @@ from pathlib import Path
 from common import write_json
 from data.predictions import read_predictions
 from demo.shapes import pair_scores
+from pages.heatmaps import join_pages
 
 ROOT = Path("runs/demo")
 SHAPES, CLIP, LLAVA = ROOT / "shapes", ROOT / "standins/clip", ROOT / "standins/llava"
@@ -87,12 +88,40 @@ def main() -> None:
     pairs = pair_scores(read_predictions(captions), SHAPES / "instances_val.json")
     summary = {"cider": own["cider"], "cider_shuffled": other["cider"], **pairs}
     summary |= {f"cider_llava_{name}": one["corpus"]["cider"] for name, one in zip(llava, compared)}
-    write_json(ROOT / "summary.json", summary)
 
     step(
         "P2: caption a real photo with the captioner that ships",
         f"p2_inference.py --checkpoint checkpoints/flickr8k --images {photo} --output {ROOT}/photo.json --overwrite",
     )
+
+    step(
+        "P3: where the words of that caption looked",
+        f"p3_visualize.py --checkpoint checkpoints/flickr8k --images {photo} --output {ROOT}/look_photo --overwrite",
+    )
+    scenes = f"--images {SHAPES}/images/val --instances {SHAPES}/instances_val.json"
+    pages = {"the captioner that ships": ROOT / "look_photo/index.html"}
+    for whose, model, scores in (
+        ("ours", f"--checkpoint {run}", captions.with_suffix(".scores.json")),
+        ("llava", f"--model {LLAVA}", ROOT / "scores.json"),
+    ):
+        step(
+            f"P3: do the words of {whose} look at what they name",
+            f"p3_visualize.py {model} {scenes} --output {ROOT}/ground_{whose} --pictures false --overwrite",
+        )
+        step(
+            f"P3: the best and the worst scenes of {whose} by CLIPScore",
+            f"p3_visualize.py {model} {scenes} --scores {scores} --top 3 --bottom 3 --output {ROOT}/look_{whose} "
+            "--overwrite",
+        )
+        pages[f"{whose}, stand-in"] = ROOT / f"look_{whose}/index.html"
+    join_pages(pages, "Where each word looked", ROOT / "heatmaps.html")
+    looks = json.loads((ROOT / "ground_ours/grounding.json").read_text(encoding="utf-8"))
+    rows, method = looks["rows"], looks["method"]
+    summary["match_at_1"] = rows[method]["match_at_1"]["score"]
+    summary["match_at_1_last_mean"] = rows["last_mean"]["match_at_1"]["score"]
+    summary["match_at_1_random_weights"] = rows[f"random weights, {method}"]["match_at_1"]["score"]
+    summary["pointing"] = rows[method]["pointing"]["score"]
+    write_json(ROOT / "summary.json", summary)
 
     print("\n=== Drawn scenes, validation")
     print(f"{'':28}{'its own captions':>18}{'shuffled':>12}")
@@ -106,8 +135,11 @@ def main() -> None:
     for name, file in llava.items():
         stem, caption = next(iter(read_predictions(file).items()))
         print(f"  {stem}, {name + ':':10} {caption:60} CIDEr-D of all {summary[f'cider_llava_{name}']:.3f}")
+    print("\n=== Words on what they name: Match@1 (chance is a half, mostly) and pointing game of our captioner")
+    for row in (method, "last_mean", "centre", f"random weights, {method}"):
+        print(f"  {row:28}{rows[row]['match_at_1']['score']:>8.3f}{rows[row]['pointing']['score']:>8.3f}")
     print(f"\n=== A real photo\n  {photo.name}: {read_predictions(ROOT / 'photo.json')[photo.stem]}")
-    print(f"\nFiles: {captions}, {ROOT}/scores.html, {ROOT}/scores.json, {run}/loss.png, {ROOT}/summary.json")
+    print(f"\nPages: {ROOT}/scores.html, {ROOT}/heatmaps.html; files: {captions}, {run}/loss.png, {ROOT}/summary.json")
 
 
 if __name__ == "__main__":

@@ -190,10 +190,10 @@ def look_llava(llava: Llava, images: Sequence[Image.Image], captions: Sequence[S
 
 
 def forget(module: nn.Module) -> None:
-    """Draw every matrix anew, so that nothing that was learnt is left; norms and biases stay."""
+    """Draw every matrix and kernel anew, so that nothing that was learnt is left; norms and biases stay."""
     for parameter in module.parameters():
         if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
 class CaptionerEye:
@@ -222,9 +222,8 @@ class CaptionerEye:
         return look_captioner(self.captioner, self.features(images), captions)
 
     def forget(self) -> None:
-        """Let the weights of projector and decoder be random."""
-        forget(self.captioner.projector)
-        forget(self.captioner.decoder)
+        """Let all weights be random."""
+        forget(self.captioner)
 
 
 class LlavaEye:
@@ -255,10 +254,8 @@ class LlavaEye:
         return look_llava(self.llava, images, captions)
 
     def forget(self) -> None:
-        """Let the weights of projector and language model be random."""
-        forget(self.llava.model.model.multi_modal_projector)
-        forget(self.llava.model.model.language_model)
-        forget(self.llava.model.get_output_embeddings())
+        """Let all weights be random."""
+        forget(self.llava.model)
 
 
 Eye = CaptionerEye | LlavaEye

@@ -67,10 +67,12 @@ function card(photo) {
   const words = make("p", {class: "words", role: "toolbar", "aria-label": "words of the caption; arrow keys go along"});
   one.buttons.forEach(button => words.append(button, " "));
   words.addEventListener("mouseleave", () => show(one.held));
-  words.addEventListener("focusout", event => { if (!words.contains(event.relatedTarget)) { one.held = null; show(null); } });
   words.addEventListener("keydown", event => {
     const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
-    if (event.key === "Escape") document.activeElement.blur();
+    if (event.key === "Escape") {
+      one.held = null;
+      show(null);
+    }
     if (!step) return;
     event.preventDefault();
     const next = (one.buttons.indexOf(document.activeElement) + step + one.buttons.length) % one.buttons.length;
@@ -87,7 +89,8 @@ function refresh() {
   about.textContent = data.about[method.value];
   cards.forEach(paint);
 }
-for (const control of [method, opacity, scale, truth]) control.addEventListener("input", refresh);
+for (const control of [method, scale, truth]) control.addEventListener("change", refresh);
+opacity.addEventListener("input", refresh);
 
 const objects = data.photos.some(photo => photo.objects.length);
 document.querySelector("main").append(

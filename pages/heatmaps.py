@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from common import written_whole
 from models.encoder import PatchGrid
 from models.heatmaps import ABOUT, Unit
-from pages.page import data_uri, write_page
+from pages.page import data_uri, read_page, write_page
 
 COLOURS = "viridis"  # even in lightness, and told apart by colour-blind eyes
 EDGE = 480  # px, the longer edge of a photo on the page
@@ -157,4 +157,15 @@ def write_heatmap_page(photos: Sequence[Drawn], method: str, title: str, file: P
     colours = (255 * colormaps[COLOURS](np.linspace(0, 1, 256))[:, :3]).round().astype(int).tolist()
     about = {name: ABOUT[name] for name in photos[0].maps}
     data = {"method": method, "about": about, "colours": colours, "photos": [_for_page(photo) for photo in photos]}
+    write_page(file, "heatmaps", title, data)
+
+
+def join_pages(pages: dict[str, Path], title: str, file: Path) -> None:
+    """Write the photos of several pages {whose: file} as one, each with a word on whose it is."""
+    data: dict = {}
+    for whose, page in pages.items():
+        own = read_page(page)
+        for photo in own["photos"]:
+            photo["note"] = f"{whose}; {photo['note']}" if photo["note"] else whose
+        data = own if not data else data | {"photos": data["photos"] + own["photos"]}
     write_page(file, "heatmaps", title, data)

@@ -30,6 +30,12 @@ def write_page(file: Path, name: str, title: str, data: dict[str, Any]) -> None:
         part.write_text(page, encoding="utf-8")
 
 
+def read_page(file: Path) -> dict[str, Any]:
+    """The data of a page that `write_page` wrote."""
+    _, _, rest = file.read_text(encoding="utf-8").partition('<script type="application/json" id="data">')
+    return json.loads(rest.partition("</script>")[0])
+
+
 def data_uri(image: Image.Image, format: str = "JPEG", **options: Any) -> str:
     """An image as the address of itself."""
     buffer = io.BytesIO()

@@ -130,10 +130,9 @@ def test_random_weights_have_forgotten(make_captioner, llava_folder):
     ):
         image = [Image.effect_noise((64, 48), 80).convert("RGB")]
         before = eye.look(image, [[6, 7]])[0]
-        encoder = eye.features(image) if isinstance(eye, CaptionerEye) else None
         eye.forget()
-        assert np.abs(eye.look(image, [[6, 7]])[0].lens - before.lens).max() > 0.01
-        assert encoder is None or torch.equal(eye.features(image), encoder)
+        after = eye.look(image, [[6, 7]])[0]
+        assert np.isfinite(after.mean).all() and np.abs(after.lens - before.lens).max() > 0.01
 
 
 # ------------------------------------------------------------------------------------------- words and maps

@@ -1,0 +1,80 @@
+"""What it costs to see where words looked: the probe, `output_attentions=True`, and a plain forward pass.
+
+    python -m benchmarks.p3_attention
+
+One caption of 20 tokens behind 576 image tokens and a prompt, 616 in all, through 32 layers of 32 heads, narrow, with
+random weights, in float32. Kept is what is left in memory when the pass is over; the probe's maps are held against
+those of eager attention.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jsonargparse.typing import PositiveInt
+
+from benchmarks.measure import interleaved, report
+from common import pick_device, run, seed_everything
+from models.probe import probing
+
+TOKENS, IMAGE, CAPTION, FIRST = 616, 576, 20, 10  # the image's tokens begin behind a few of the prompt's
+
+
+@dataclass(frozen=True)
+class Config:
+    layers: PositiveInt = 32
+    """Layers of the language model."""
+    heads: PositiveInt = 32
+    """Heads of each."""
+    width: PositiveInt = 1024
+    """Width of the model; LLaVA-1.5-7B's is 4096."""
+    rounds: PositiveInt = 5
+    """Rounds; medians are taken over them."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+@torch.inference_mode()
+def main(cfg: Config) -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    seed_everything(0)
+    device = pick_device(cfg.device)
+    shape = {"hidden_size": cfg.width, "intermediate_size": 2 * cfg.width, "num_hidden_layers": cfg.layers}
+    model = LlamaModel(LlamaConfig(vocab_size=100, num_attention_heads=cfg.heads, **shape)).eval().to(device)
+    ids = torch.randint(100, (1, TOKENS), device=device)
+    rows = torch.arange(TOKENS - CAPTION, TOKENS, device=device)[None]
+    columns = torch.arange(FIRST, FIRST + IMAGE, device=device)[None]
+
+    def sdpa() -> None:
+        model(input_ids=ids, use_cache=False)
+
+    def probe() -> tuple[torch.Tensor, int]:
+        with probing(model, rows, columns) as recorder:
+            model(input_ids=ids, use_cache=False)
+        kept = recorder.mean + recorder.peak
+        return torch.stack(recorder.mean)[:, 0], sum(one.numel() * one.element_size() for one in kept)
+
+    def eager() -> tuple[torch.Tensor, int]:
+        model.set_attn_implementation("eager")
+        attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+        model.set_attn_implementation("sdpa")
+        own = torch.stack([one[0].mean(dim=0)[rows[0]][:, columns[0]] for one in attentions])
+        return own, sum(one.numel() * one.element_size() for one in attentions)
+
+    model.set_attn_implementation("sdpa")
+    seconds, results = interleaved({"sdpa": sdpa, "probe": probe, "output_attentions": eager}, cfg.rounds)
+    (maps, kept), (expected, kept_eager) = results["probe"], results["output_attentions"]
+    report(
+        f"{TOKENS} tokens, {cfg.layers} layers of {cfg.heads} heads",
+        seconds,
+        kept_ratio=kept_eager / kept,
+        time_ratio=seconds["probe"] / seconds["sdpa"],
+        output_attentions_time_ratio=seconds["output_attentions"] / seconds["sdpa"],
+        kept_mb=kept / 1e6,
+        output_attentions_kept_mb=kept_eager / 1e6,
+        agree=torch.allclose(maps, expected, atol=1e-5),
+    )
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,209 @@
+"""p3_visualize.py as a user runs it, and its page in headless Chromium."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+
+import p3_visualize
+from common import NothingDone, UserError, write_json
+from models.checkpoint import save_captioner
+from models.heatmaps import METHODS
+from p3_visualize import Config
+
+CAPTIONS = {"one": "a red box on a blue wall", "two": "the red box", "three": "a photo of a <b>box</b>"}
+
+
+@pytest.fixture
+def scene(tmp_path, make_captioner) -> Path:
+    """A checkpoint, three photos twice as wide as high, their captions and masks, and scores."""
+    save_captioner(make_captioner("gpt2"), tmp_path / "run")
+    (tmp_path / "photos").mkdir()
+    images, annotations, instances = [], [], []
+    rng = np.random.default_rng(0)
+    for number, (stem, caption) in enumerate(CAPTIONS.items()):
+        pixels = rng.integers(0, 256, (60, 120, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"photos/{stem}.png")
+        images.append({"id": number, "file_name": f"{stem}.png", "width": 120, "height": 60})
+        annotations.append({"image_id": number, "caption": caption})
+        for category, left in ((1, 40), (2, 70)):
+            corners = [left, 10, left + 20, 10, left + 20, 40, left, 40]
+            instances.append({"image_id": number, "category_id": category, "segmentation": [corners]})
+    categories = [{"id": 1, "name": "red box"}, {"id": 2, "name": "wall"}]
+    write_json(tmp_path / "captions.json", {"images": images, "annotations": annotations})
+    write_json(tmp_path / "instances.json", {"images": images, "annotations": instances, "categories": categories})
+    write_json(tmp_path / "scores.json", {"photos": {s: {"clipscore": n} for n, s in enumerate(CAPTIONS)}})
+    return tmp_path
+
+
+def visualize(scene: Path, output: str = "out", **settings) -> Path:
+    settings = {"checkpoint": scene / "run"} | settings
+    p3_visualize.main(Config(scene / "photos", scene / output, device="cpu", batch_size=2, **settings))
+    return scene / output
+
+
+def read(scene: Path, output: str = "out") -> dict:
+    from pages.page import read_page
+
+    return read_page(scene / output / "index.html")
+
+
+def test_a_folder_of_photos_gets_a_picture_each_and_a_page(scene, capsys):
+    (scene / "photos/broken.png").write_text("no photo")
+    folder = visualize(scene, sheet=True)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"index.html"} | {f"{s}{kind}.png" for s in CAPTIONS for kind in ("", ".methods")}
+    assert "broken.png: not a photo" in capsys.readouterr().err
+    data = read(scene)
+    assert [photo["stem"] for photo in data["photos"]] == sorted(CAPTIONS)
+    photo = data["photos"][0]
+    assert set(photo["maps"]) == set(METHODS) and photo["grid"] == [4, 4]
+    assert photo["box"] == [25, 0, 50, 100]  # the encoder cropped the middle; the rest it never saw
+    pixels = np.asarray(Image.open(folder / f"{photo['stem']}.png").convert("RGB"))
+    assert pixels.std() > 20 and pixels.shape[1] > 300
+
+
+def test_captions_and_pictures_do_not_heed_the_batch(scene):
+    visualize(scene, "pairs")
+    visualize(scene, "single", limit=1)
+    first, second = read(scene, "pairs")["photos"][0], read(scene, "single")["photos"][0]
+    assert first["caption"] == second["caption"] and first["words"] == second["words"]
+
+
+def test_best_and_worst_by_score(scene):
+    visualize(scene, scores=scene / "scores.json")
+    notes = {photo["stem"]: photo["note"] for photo in read(scene)["photos"]}
+    assert notes == {"three": "best by clipscore: 2.000", "one": "worst by clipscore: 0.000"}
+
+
+@pytest.mark.parametrize("which", ["ours", "llava"])
+def test_grounding_of_given_captions(scene, llava_folder, which, capsys):
+    source = {} if which == "ours" else {"checkpoint": None, "model": str(llava_folder)}
+    folder = visualize(scene, annotations=scene / "captions.json", instances=scene / "instances.json", **source)
+    content = json.loads((folder / "grounding.json").read_text())
+    assert (content["photos"], content["objects"], content["objects_among_others"]) == (2, 3, 2)
+    method = content["method"]
+    blind = {"random weights, last_mean", f"random weights, {method}"}
+    assert set(content["rows"]) >= {*METHODS, *blind, "centre", "ground truth on the grid"}
+    truth = content["rows"]["ground truth on the grid"]
+    assert truth["match_at_1"]["score"] == truth["pointing"]["score"] == 1.0
+    out = capsys.readouterr().out
+    assert f"{method} *" in out and "3 objects named in 2 photos" in out
+    objects = {photo["stem"]: [one["name"] for one in photo["objects"]] for photo in read(scene)["photos"]}
+    assert objects == {"one": ["red box", "wall"], "two": ["red box"], "three": []}
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"model": "m"}, "checkpoint: expected either checkpoint or model, got both"),
+        ({"checkpoint": None}, "checkpoint: expected either checkpoint or model, got neither"),
+        ({"pictures": False}, "pictures: false leaves the grounding scores alone"),
+        ({"scores": Path("nowhere.json")}, "scores: nowhere.json: no such file"),
+        ({"instances": Path("captions.json")}, "instances: .*captions.json: 'categories' is missing"),
+        ({"scores": Path("instances.json")}, "scores: .*: expected a file of evaluate.py's, clipscore in it"),
+    ],
+)
+def test_mistakes_end_in_one_line(scene, settings, said):
+    settings = {k: scene / v if isinstance(v, Path) and (scene / v).exists() else v for k, v in settings.items()}
+    with pytest.raises(UserError, match=said):
+        visualize(scene, **settings)
+    assert not (scene / "out").exists()
+
+
+def test_masks_of_other_sizes_a_full_folder_and_no_photo(scene):
+    Image.new("RGB", (50, 50)).save(scene / "photos/one.png")
+    with pytest.raises(UserError, match="one.png has 50 x 50 pixels, its masks in .* 120 x 60"):
+        visualize(scene, instances=scene / "instances.json")
+    visualize(scene, "other")
+    with pytest.raises(UserError, match="other exists; give another name, or --overwrite"):
+        visualize(scene, "other")
+    for stem in CAPTIONS:
+        (scene / f"photos/{stem}.png").write_bytes(b"")
+    with pytest.raises(NothingDone, match="none of 3 photos"):
+        visualize(scene, "nothing")
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_at_work(browser, scene):
+    folder = visualize(scene, annotations=scene / "captions.json", instances=scene / "instances.json")
+    browser.get((folder / "index.html").as_uri())
+    article = browser.find_element(By.CSS_SELECTOR, "article")
+    words, canvas = article.find_elements(By.CSS_SELECTOR, ".words button"), article.find_element(By.TAG_NAME, "canvas")
+
+    def overlay() -> str:
+        return browser.execute_script("return arguments[0].toDataURL()", canvas)
+
+    def shot(name: str) -> np.ndarray:
+        article.find_element(By.CSS_SELECTOR, ".frame").screenshot(str(folder / f"{name}.png"))
+        return np.asarray(Image.open(folder / f"{name}.png").convert("RGB"), dtype=int)
+
+    assert [word.text for word in words] == CAPTIONS["one"].split()
+    bare, empty = shot("bare"), overlay()
+    ActionChains(browser).move_to_element(words[2]).perform()
+    hovered, on_box = shot("hovered"), overlay()
+    assert on_box != empty and np.abs(hovered - bare).max() > 40
+    figures = article.find_element(By.CSS_SELECTOR, ".figures")
+    assert figures.text.startswith("box: probability 0.") and figures.text.endswith("names red box")
+    ActionChains(browser).move_to_element(words[6]).perform()
+    assert overlay() not in (on_box, empty)
+
+    method = Select(browser.find_element(By.ID, "method"))
+    words[2].click()
+    method.select_by_value("lens")
+    switched, lens = shot("switched"), overlay()
+    assert lens not in (on_box, empty) and np.abs(switched - hovered).max() > 40
+    Select(browser.find_element(By.ID, "scale")).select_by_value("own")
+    peaks = browser.execute_script(
+        "const c = arguments[0], d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        "return [...d].filter((_, i) => i % 4 === 3)", canvas,
+    )  # fmt: skip
+    assert len(peaks) == 16 and all(alpha in (178, 179) for alpha in peaks)  # an opacity of 70%, everywhere the same
+
+    outlines = article.find_elements(By.CSS_SELECTOR, ".outline")
+    assert not any(outline.is_displayed() for outline in outlines)
+    browser.find_element(By.ID, "truth").click()
+    words[2].click()
+    assert [outline.is_displayed() for outline in outlines] == [True, False]
+    words[2].send_keys(Keys.ARROW_RIGHT)
+    assert browser.switch_to.active_element == words[3] and words[3].get_attribute("aria-pressed") == "true"
+    words[3].send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
+    assert browser.switch_to.active_element == words[1]
+    assert words[1].get_attribute("aria-label") == "red, word 2 of 7"
+    words[1].send_keys(Keys.ESCAPE)
+    assert overlay() == empty and figures.text == ""
+    assert all(image.get_attribute("alt") is not None for image in browser.find_elements(By.TAG_NAME, "img"))
+    assert not browser.find_elements(By.CSS_SELECTOR, ".words b")
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_fifty_photos_are_under_ten_megabytes_and_open_in_a_second(browser, tmp_path):
+    """Photos of COCO's size, 24 x 24 patches and 12 words, as of LLaVA-1.5."""
+    from models.encoder import PatchGrid
+    from models.heatmaps import Unit
+    from pages.heatmaps import Drawn, write_heatmap_page
+
+    rng = np.random.default_rng(0)
+    units = [Unit(f"word{n}", (n,), 0.5, 0.5) for n in range(12)]
+    photos = []
+    for number in range(50):
+        rough = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((640, 480))
+        maps = {name: rng.random((12, 576)) for name in METHODS}
+        photos.append(Drawn(f"photo{number}", rough, "a caption", units, PatchGrid(24, 24, (80, 0, 560, 480)), maps))
+    file = tmp_path / "index.html"
+    write_heatmap_page(photos, "rel", "Fifty photos", file)
+    assert file.stat().st_size < 10e6
+    seconds = []
+    for _ in range(3):
+        browser.get(file.as_uri())
+        timing = "const t = performance.timing; return t.loadEventEnd - t.navigationStart"
+        seconds.append(browser.execute_script(timing) / 1000)
+    assert sorted(seconds)[1] < 1, seconds
