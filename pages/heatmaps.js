@@ -3,7 +3,7 @@ const label = (text, control) => make("label", {}, text, control);
 
 const method = make("select", {id: "method"}, ...Object.keys(data.about).map(name => make("option", {value: name}, name)));
 method.value = data.method;
-const opacity = make("input", {id: "opacity", type: "range", min: 0, max: 100, value: 70});
+const opacity = make("input", {id: "opacity", type: "range", min: 0, max: 100, value: 75});
 const scale = make("select", {id: "scale"},
   make("option", {value: "shared"}, "one for the caption"), make("option", {value: "own"}, "own for each word"));
 const truth = make("input", {id: "truth", type: "checkbox"});
@@ -34,7 +34,8 @@ function paint(card) {
   const picture = context.createImageData(canvas.width, canvas.height);
   values.forEach((value, i) => {
     const level = Math.round(255 * value / most);
-    picture.data.set([...data.colours[level], Math.round(255 * opacity.value / 100)], 4 * i);
+    const cover = Math.min(1, level / 255 + .15);  // what is low hides little of the photo
+    picture.data.set([...data.colours[level], Math.round(2.55 * opacity.value * cover)], 4 * i);
   });
   context.putImageData(picture, 0, 0);
   const {text, probability, mass} = photo.words[word];

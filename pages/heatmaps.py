@@ -14,6 +14,7 @@ from models.heatmaps import ABOUT, Unit
 from pages.page import data_uri, read_page, write_page
 
 COLOURS = "viridis"  # even in lightness, and told apart by colour-blind eyes
+OPACITY = 0.75
 EDGE = 480  # px, the longer edge of a photo on the page
 
 
@@ -35,27 +36,34 @@ class Drawn:
 
 
 def shown(maps: np.ndarray) -> np.ndarray:
-    """(W, P) -> values from 0 to 1 on one scale for the whole caption; what is below zero is not shown."""
+    """(W, P) -> values from 0 to 1 on one scale for the whole caption; what is below zero is not shown.
+
+    One is reached by the caption's highest hundredth: a single patch would leave the others dark.
+    """
     positive = np.maximum(maps, 0)
-    return positive / max(float(positive.max()), 1e-12)
+    return np.clip(positive / max(float(np.percentile(positive, 99)), 1e-12), 0, 1)
 
 
 def _tile(axes, photo: Drawn, values: np.ndarray | None) -> None:
     """One picture: the photo, greyed where the encoder never looked, with (P) values over the rest."""
+    from matplotlib import colormaps
+
     left, top, right, bottom = photo.grid.box
     width, height = photo.image.size
-    grey = np.asarray(photo.image.convert("L").convert("RGB"), dtype=float) * 0.5 + 80
-    seen = np.asarray(photo.image).copy()
+    picture = np.asarray(photo.image, dtype=float) / 255
     y, x = np.mgrid[0:height, 0:width] + 0.5
     outside = (x < left) | (x > right) | (y < top) | (y > bottom)
-    seen[outside] = grey[outside].astype(np.uint8)
-    axes.imshow(seen, extent=(0, width, height, 0))
+    picture[outside] = 0.4 * picture[outside].mean(axis=1, keepdims=True) + 0.35
     if values is not None:
-        grid = values.reshape(photo.grid.rows, photo.grid.columns)
-        axes.imshow(
-            grid, cmap=COLOURS, vmin=0, vmax=1, alpha=0.65, extent=(left, right, bottom, top), interpolation="bilinear"
-        )
-    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+        box = round(left), round(top), round(right), round(bottom)
+        grid = Image.fromarray(values.reshape(photo.grid.rows, photo.grid.columns).astype(np.float32))
+        smooth = Image.new("F", photo.image.size)
+        smooth.paste(grid.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR), box)
+        level = np.asarray(smooth)[..., None]
+        over = np.where(outside[..., None], 0, OPACITY * np.minimum(1, level + 0.15))  # what is low hides little
+        picture = (1 - over) * picture + over * colormaps[COLOURS](level[..., 0])[..., :3]
+    axes.imshow(picture)
+    axes.set(xticks=[], yticks=[])
 
 
 def draw_words(photo: Drawn, method: str, file: Path) -> None:
@@ -81,7 +89,7 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
     title = photo.caption + (f"\n{photo.note}" if photo.note else "")
     figure.suptitle(title, fontsize=10, wrap=True)
     bar = figure.colorbar(ScalarMappable(cmap=COLOURS), ax=list(tiles), shrink=0.6, aspect=30, pad=0.01)
-    bar.set_label(f"{ABOUT[method]}; share of the caption's highest", fontsize=8)
+    bar.set_label(f"{method}; 1: the caption's highest hundredth", fontsize=8)
     with written_whole(file) as part:
         figure.savefig(part, dpi=110, format="png")
 
@@ -96,11 +104,11 @@ def draw_methods(photo: Drawn, file: Path) -> None:
     figure = Figure(figsize=(1.25 * columns + 1.0, tall * rows + 0.8), layout="constrained")
     tiles = figure.subplots(rows, columns, squeeze=False)
     for line, (method, maps) in zip(tiles, photo.maps.items()):
-        for axes, unit, values in zip(line, photo.units, shown(maps)):
+        for axes, values in zip(line, shown(maps)):
             _tile(axes, photo, values)
-            if line is tiles[0]:
-                axes.set_title(unit.text or "(end)", fontsize=9)
         line[0].set_ylabel(method, fontsize=9)
+    for axes, unit in zip(tiles[0], photo.units):
+        axes.set_title(unit.text or "(end)", fontsize=9)
     figure.suptitle(photo.caption, fontsize=10, wrap=True)
     with written_whole(file) as part:
         figure.savefig(part, dpi=90, format="png")
