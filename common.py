@@ -208,18 +208,18 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
         part.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
 
 
-def check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, overwrite: bool, key: str = "output") -> None:
     """Make the folder of `path`. Raises UserError where `path` cannot be written, or exists without `overwrite`."""
     if path.is_dir():
-        raise UserError(f"output: {path} is a folder; expected the name of a file")
+        raise UserError(f"{key}: {path} is a folder; expected the name of a file")
     if path.exists() and not overwrite:
-        raise UserError(f"output: {path} exists; give another name, or --overwrite to replace it")
+        raise UserError(f"{key}: {path} exists; give another name, or --overwrite to replace it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output: {path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{key}: {path} cannot be written: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"output: {path} cannot be written: no permission")
+        raise UserError(f"{key}: {path} cannot be written: no permission")
 
 
 class MetricsLog:

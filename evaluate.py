@@ -168,7 +168,7 @@ def score_run(
         try:
             scores["meteor"] = overlap.meteor(references, predicted.captions)
         except overlap.MeteorUnavailable as reason:
-            notice(f"METEOR does not run: {reason}")
+            notice(f"{predicted.name}: METEOR does not run: {reason}")
     if "diversity" in cfg.metrics:
         scores |= overlap.diversity(predicted.captions)
     return scores
@@ -184,7 +184,7 @@ def table(runs: list[Predicted], scores: list[dict[str, Score | float]], stems: 
             score = own.get(metric)
             corpus = score.corpus if isinstance(score, Score) else score
             line = f"  {predicted.name:{width}}  " + ("n/a" if corpus is None else f"{corpus:.4f}")
-            if isinstance(score, Score) and score.of_sums:
+            if isinstance(score, Score) and score.of_sums and len(score.photos) > 1:
                 low, high = intervals[number][metric] = interval(score, stems)
                 line += f" [{low:.4f}, {high:.4f}]"
                 if number:
@@ -200,7 +200,7 @@ def extremes(predicted: Predicted, scores: dict[str, Score | float]) -> str:
     """Best and worst photo by each metric, a line each."""
     lines = []
     for metric, score in scores.items():
-        if isinstance(score, Score) and len(score.photos) > 1:
+        if isinstance(score, Score) and len(set(score.photos.values())) > 1:
             for which, choose in (("best", max), ("worst", min)):
                 stem = choose(score.photos, key=score.photos.get)
                 caption = " ".join(predicted.captions[stem].split())
@@ -223,8 +223,10 @@ def main(cfg: Config) -> None:
         cfg.predictions, cfg.data, cfg.annotations, cfg.images, cfg.split, cfg.limit, cfg.missing, wants_clip, notice
     )
     output = scores_path(cfg)
-    if cfg.page and cfg.page.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"page: expected the name of an HTML file, got {cfg.page}")
+    if cfg.page:
+        if cfg.page.suffix.lower() not in (".html", ".htm") or cfg.page == output:
+            raise UserError(f"page: expected the name of an HTML file of its own, got {cfg.page}")
+        check_output(cfg.page, overwrite=True, key="page")
     versions = {"pycocoevalcap": version("pycocoevalcap")}
     if set(cfg.metrics) - {"clipscore", "refclipscore"}:
         find_java()
@@ -242,6 +244,8 @@ def main(cfg: Config) -> None:
 
     stems = [photo.stem for photo in photos]
     scores = [score_run(predicted, references, clip, cfg) for predicted in runs]
+    everywhere = set.intersection(*map(set, scores))  # METEOR may have failed for one of them
+    scores = [{name: score for name, score in own.items() if name in everywhere} for own in scores]
     if len(stems) == 1 and "cider" in cfg.metrics and cfg.idf == "subset":
         notice("CIDEr of one photo alone is 0, whatever its caption: no n-gram is rarer than another")
     if any(scores):
@@ -253,7 +257,8 @@ def main(cfg: Config) -> None:
             by_photo = {"cider": {}, "clipscore": {}}
             by_photo |= {name: score.photos for name, score in own.items() if isinstance(score, Score)}
             per_photo = {stem: {name: by_photo[name].get(stem) for name in by_photo} for stem in predicted.captions}
-            head = {"n": len(stems), "idf": cfg.idf, "missing": cfg.missing, "versions": versions}
+            counts = {name: len(score.photos) for name, score in own.items() if isinstance(score, Score)}
+            head = {"n": len(stems), "scored": counts, "idf": cfg.idf, "missing": cfg.missing, "versions": versions}
             results.append(head | {"corpus": corpus, "intervals": bounds, "photos": per_photo})
         one = len(runs) == 1
         named = [{"name": predicted.name} | result for predicted, result in zip(runs, results)]
@@ -266,7 +271,7 @@ def main(cfg: Config) -> None:
             columns = {name: LABELS[name] for name in results[0]["photos"][stems[0]] if name in scores[0]}
             write_scores_page(cfg.page, photos, references, runs, results, columns)
             print(f"page: {cfg.page}")
-    if unavailable:
+    if unavailable and any(scores):
         notice(unavailable)
     first = {name: getattr(score, "corpus", None) for name, score in scores[0].items()}
     print(f"CIDEr: {fixed_point(first.get('cider'))} | CLIPScore: {fixed_point(first.get('clipscore'))}")

@@ -23,7 +23,18 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 from tqdm import tqdm
 
-from common import NothingDone, Precision, UserError, check, pick_device, run, seed_everything, torch_dtype, write_json
+from common import (
+    NothingDone,
+    Precision,
+    UserError,
+    check,
+    check_output,
+    pick_device,
+    run,
+    seed_everything,
+    torch_dtype,
+    write_json,
+)
 from data.annotations import Photo, find_photos, read_annotations
 from data.images import BadPhoto, load_photos
 from data.instances import Instances, read_instances
@@ -36,7 +47,7 @@ from models.heatmaps import METHODS, Unit, split_units
 from models.llava import PROMPT, Quantize, check_model, check_quantize, load_llava
 from models.probe import CaptionerEye, Eye, LlavaEye, Look
 from models.sampling import photo_seed
-from pages.heatmaps import Drawn, draw_methods, draw_words, write_heatmap_page
+from pages.heatmaps import Drawn, draw_methods, draw_words, reduced, write_heatmap_page
 
 DEFAULT = "rel"
 
@@ -87,7 +98,7 @@ class Config:
     """Hold a LLaVA's weights in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of sampling, of the controls, and of the intervals."""
     limit: PositiveInt | None = None
     """Only the first so many photos."""
@@ -101,6 +112,15 @@ def check_settings(cfg: Config) -> None:
     if (cfg.checkpoint is None) == (cfg.model is None):
         problems.append("checkpoint: expected either checkpoint or model, got " + ("both" if cfg.model else "neither"))
     problems += check_model(cfg.model) if cfg.model else []
+    if cfg.quantize != "none" and not cfg.model:
+        problems.append(f"quantize: {cfg.quantize} is for a LLaVA; expected model with it")
+    if cfg.instances and (cfg.quantize != "none" or cfg.unit == "token"):
+        problems.append("instances: grounding is of words, and its controls draw weights anew; expected unit word and "
+                        "quantize none with it")
+    if cfg.scores and cfg.top + cfg.bottom == 0:
+        problems.append("scores: with top 0 and bottom 0 no photo is left; expected one of them higher")
+    if cfg.output.resolve() == cfg.images.resolve():
+        problems.append("output: expected another folder than that of the photos, which would be written over")
     if not cfg.pictures and not cfg.instances:
         problems.append("pictures: false leaves the grounding scores alone to be done; expected instances with it")
     if cfg.output.exists() and not cfg.output.is_dir():
@@ -117,7 +137,7 @@ def choose(photos: list[Photo], cfg: Config) -> tuple[list[Photo], dict[str, str
     try:
         scored = json.loads(cfg.scores.read_text(encoding="utf-8"))
         scored = scored.get("runs", [scored])[0]["photos"]
-        found = {stem: one[cfg.by] for stem, one in scored.items() if one[cfg.by] is not None}
+        found = {stem: float(one[cfg.by]) for stem, one in scored.items() if one[cfg.by] is not None}
     except OSError as error:
         raise UserError(f"scores: {cfg.scores}: {(error.strerror or str(error)).lower()}") from None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
@@ -126,7 +146,7 @@ def choose(photos: list[Photo], cfg: Config) -> tuple[list[Photo], dict[str, str
     order = sorted((stem for stem in found if stem in by_stem), key=lambda stem: -found[stem])
     if not order:
         raise UserError(f"scores: {cfg.scores} scores none of the photos of {cfg.images}")
-    best, worst = order[: cfg.top], order[len(order) - cfg.bottom :] if cfg.bottom else []
+    best, worst = order[: cfg.top], order[max(len(order) - cfg.bottom, 0) :]
     notes = {stem: f"worst by {cfg.by}: {found[stem]:.3f}" for stem in worst}
     notes |= {stem: f"best by {cfg.by}: {found[stem]:.3f}" for stem in best}
     return [by_stem[stem] for stem in dict.fromkeys([*best, *worst])], notes
@@ -158,15 +178,16 @@ def named_objects(
 
 
 def masks_of(photo: Photo, image: Image.Image, instances: Instances) -> dict[str, np.ndarray]:
-    """The photo's masks by category. Raises UserError where they are of another size."""
-    masks = instances.masks(photo.stem)
-    for mask in masks.values():
-        if mask.shape != image.size[::-1]:
-            raise UserError(
-                f"instances: {photo.path} has {image.width} x {image.height} pixels, its masks in {instances.path} "
-                f"{mask.shape[1]} x {mask.shape[0]}; expected the photos as they were annotated"
-            )
-    return masks
+    """The photo's masks by category; none, said on stderr, where they are of another size."""
+    height, width = instances.sizes.get(photo.stem, image.size[::-1])
+    if (width, height) != image.size:
+        tqdm.write(
+            f"{photo.path} has {image.width} x {image.height} pixels, its masks {width} x {height}: not grounded; the "
+            "photos are needed as they were annotated",
+            file=sys.stderr,
+        )
+        return {}
+    return instances.masks(photo.stem)
 
 
 def captions_of(eye: Eye, photos: list[Photo], images: list[Image.Image], cfg: Config) -> list[list[list[int]]]:
@@ -202,8 +223,12 @@ def main(cfg: Config) -> None:
     instances = read_instances(cfg.instances) if cfg.instances else None
     if instances and not any(photo.stem in instances.objects for photo in photos):
         raise UserError(f"instances: {cfg.instances} knows none of the photos of {cfg.images}")
+    check_output(cfg.output / "index.html", overwrite=True)
+    for old in ("index.html", "grounding.json"):
+        (cfg.output / old).unlink(missing_ok=True)
     eye = open_eye(cfg)
-    cfg.output.mkdir(parents=True, exist_ok=True)
+    if found:
+        eye.check_room(max(len(eye.ids(text)) for photo in photos for text in photo.captions))
 
     drawn: list[Drawn] = []
     table, grounded = GroundingTable(cfg.seed), {}  # photo -> captions, and what each names
@@ -227,14 +252,14 @@ def main(cfg: Config) -> None:
                     grounded.setdefault(photo, []).append((ids, named))
                 if cfg.pictures and number == 0:
                     text = eye.text(ids)
-                    one = Drawn(photo.stem, image, text, units, grid, maps, notes.get(photo.stem, ""), objects)
+                    one = reduced(Drawn(photo.stem, image, text, units, grid, maps, notes.get(photo.stem, ""), objects))
                     draw_words(one, cfg.method, cfg.output / f"{photo.stem}.png")
                     if cfg.sheet:
                         draw_methods(one, cfg.output / f"{photo.stem}.methods.png")
                     drawn.append(one)
     if drawn:
         write_heatmap_page(drawn, cfg.method, "Where each word looked", cfg.output / "index.html")
-        print(f"{len(drawn)} photos: {cfg.output}/index.html, and a PNG each")
+        print(f"{cfg.output}/index.html, and a PNG for each of {len(drawn)} photos")
     if grounded:
         look_blindly(eye, grounded, table, cfg)
         content, text = table.summary(cfg.method)
@@ -243,6 +268,8 @@ def main(cfg: Config) -> None:
         print(f"{text}\n{cfg.output}/grounding.json")
     elif instances:
         print("no caption names an object of its photo: nothing to ground")
+    if not drawn and not grounded:
+        raise NothingDone("nothing could be drawn or grounded")
 
 
 def look_all(eye: Eye, images: list[Image.Image], captions: list[list[list[int]]]) -> list[Look]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, written_whole
 from data.annotations import Photo
 from data.images import BadPhoto, load_photos
 
@@ -50,8 +50,9 @@ def _read_index(index: Path, data: Path, row_bytes: int) -> list[str]:
     """Keys of the rows that are whole in both files; what a killed run or a full disk left half is cut off."""
     whole = index.read_text().rpartition("\n")[0] if index.exists() else ""
     keys = whole.split()[: data.stat().st_size // row_bytes if data.exists() else 0]
-    with index.open("w") as file:
-        file.writelines(f"{key}\n" for key in keys)
+    if not index.exists() or index.read_text() != "".join(f"{key}\n" for key in keys):
+        with written_whole(index) as part:
+            part.write_text("".join(f"{key}\n" for key in keys))
     with data.open("ab") as file:
         file.truncate(row_bytes * len(keys))
     return keys
@@ -84,7 +85,10 @@ def photo_features(
     row_bytes = np.dtype(dtype).itemsize * shape[0] * shape[1]
     data, index = store / f"features.f{8 * np.dtype(dtype).itemsize}", store / "index.txt"
     with _locked(store):
-        keys = _read_index(index, data, row_bytes)
+        try:
+            keys = _read_index(index, data, row_bytes)
+        except OSError as error:
+            raise UserError(f"features: {error.filename} cannot be opened: {error.strerror}") from None
         known = {key: row for row, key in enumerate(keys)}
         hashes = [file_hash(photo.path) for photo in photos]
         missing = {

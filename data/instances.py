@@ -1,8 +1,10 @@
 """Masks of the objects in photos, from COCO's instances files (polygons or run lengths)."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,14 +47,30 @@ def read_instances(path: Path) -> Instances:
         content = json.loads(read_text(path, EXPECTED))
         names = {category["id"]: category["name"] for category in content["categories"]}
         stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
+        twice = [stem for stem, count in Counter(stems.values()).items() if count > 1]
         sizes = {Path(image["file_name"]).stem: (image["height"], image["width"]) for image in content["images"]}
         objects: dict[str, dict[str, list]] = {stem: {} for stem in sizes}
         for annotation in content["annotations"]:
-            of_photo = objects[stems[annotation["image_id"]]]
-            of_photo.setdefault(names[annotation["category_id"]], []).append(annotation["segmentation"])
+            stem, shape = stems[annotation["image_id"]], annotation["segmentation"]
+            if not _is_segmentation(shape, sizes[stem]):
+                raise UserError(
+                    f"instances: {path}: segmentation of annotation {annotation.get('id')} is {shape!r:.60}; expected "
+                    "polygons of three corners or more, or run lengths of the photo's size"
+                )
+            objects[stem].setdefault(names[annotation["category_id"]], []).append(shape)
     except (ValueError, RecursionError) as error:
         raise UserError(f"instances: {path}: not JSON ({error}); expected {EXPECTED}") from None
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise UserError(f"instances: {path}: {error} is missing or unknown; expected {EXPECTED}") from None
+    except (TypeError, AttributeError):
+        raise UserError(f"instances: {path}: expected {EXPECTED}") from None
+    check([f"instances: {path}: two photos with the stem {stem!r}" for stem in twice])
     check([f"instances: {path}: no photos in it"] if not objects else [])
     return Instances(path, sizes, objects, list(names.values()))
+
+
+def _is_segmentation(shape: Any, size: tuple[int, int]) -> bool:
+    if isinstance(shape, dict):
+        return isinstance(shape.get("counts"), (str, list)) and tuple(shape.get("size") or ()) == size
+    corners = isinstance(shape, list) and shape and all(isinstance(one, list) and len(one) >= 6 for one in shape)
+    return bool(corners) and all(isinstance(number, (int, float)) for one in shape for number in one)

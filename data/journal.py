@@ -36,19 +36,22 @@ class Journal:
         self.captions: dict[str, dict[str, str]] = {}  # by stem, then by name
         self._whole = 0  # bytes of whole lines
         for file in outputs.values():
-            check_output(file, overwrite or self.path.exists())  # killed between its last two steps, a run has both
+            check_output(file, overwrite=True)
         if overwrite:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
             self._read()
+        if not self._whole:  # killed between its last two steps, a run has both journal and output
+            for file in outputs.values():
+                check_output(file, overwrite)
 
     def _read(self) -> None:
         whole = self.path.read_bytes()
         whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may have left half a line
-        lines, self._whole = whole.decode("utf-8").splitlines(), len(whole)
-        if not lines:
+        if not whole:
             return
         try:
+            lines = whole.decode("utf-8").splitlines()
             before, *photos = map(json.loads, lines)
             self.captions = {stem: {name: captions[name] for name in before} for stem, captions in photos}
             changed = _changed(before, self.settings)
@@ -56,6 +59,7 @@ class Journal:
             raise UserError(f"output: {self.path} is no journal of captions; --overwrite begins anew") from None
         if changed:
             raise UserError(f"output: {self.path} was begun with {changed}; --overwrite begins anew")
+        self._whole = len(whole)
 
     def open(self) -> None:
         """Be ready to append behind the last whole line."""
@@ -132,6 +136,7 @@ def caption_journaled(
                 journal.append(photo.stem, {name: captions[i] for name, captions in named.items()})
             bar.update(len(batch))
     if len(bad) == len(photos):
+        journal.path.unlink()
         raise NothingDone(f"none of {len(photos)} photos could be decoded")
     skipped = {error.path.name: error.reason for error in bad}
     journal.finish(

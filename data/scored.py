@@ -32,7 +32,7 @@ def read_scored(
     split: str | None,
     limit: int | None,
     missing: MissingPolicy,
-    photos_wanted: bool,
+    photos_needed: bool,
     notice: Callable[[str], None],
 ) -> tuple[list[Predicted], list[Photo], dict[str, list[str]]]:
     """The runs, their photos (in the first run's order) and all references by stem.
@@ -43,17 +43,21 @@ def read_scored(
     """
     if not predictions:
         raise UserError("predictions: expected at least one file")
+    twice = [path for path in set(predictions) if predictions.count(path) > 1]
+    check([f"predictions: {path} is given twice" for path in twice])
+    if data and images:
+        raise UserError("images: expected either data or images, got both")
     if (data is None) == (annotations is None):
         raise UserError("annotations: expected either annotations or data, got " + ("both" if data else "neither"))
     runs = [read_predictions(path) for path in predictions]
     if data:
         (annotations, images), split = find_data(data, split or "val"), None
-    annotated = read_annotations(annotations, images if photos_wanted else None, split)
+    annotated = read_annotations(annotations, images, split)
     by_stem = {photo.stem: photo for photo in annotated[:limit]}
     references = {photo.stem: list(photo.captions) for photo in annotated}
 
     problems, left_out = [], {}
-    if photos_wanted and any(photo.path is None for photo in by_stem.values()):
+    if photos_needed and any(photo.path is None for photo in by_stem.values()):
         problems.append("images: expected the folder of the photos, which CLIPScore reads; or give --metrics cider")
     for path, captions in zip(predictions, runs):
         unknown = [stem for stem in captions if stem not in references]
@@ -86,11 +90,12 @@ def read_scored(
     check(problems)
     scored = [stem for stem in runs[0] if stem in by_stem and stem not in left_out]
     if not scored:
-        raise UserError(f"predictions: no photo of {annotations} has a caption in all of {len(runs)} files")
-    wanted = set(scored)
+        files = " and ".join(map(str, predictions))
+        raise UserError(f"predictions: no photo of {annotations} has a caption in {files}")
     return (
         [
-            Predicted(name, path, {stem: caption for stem, caption in captions.items() if stem in wanted})
+            # in one order, for a caption's tokens may depend on its neighbour
+            Predicted(name, path, {stem: captions[stem] for stem in scored})
             for name, path, captions in zip(_names(predictions), predictions, runs)
         ],
         [by_stem[stem] for stem in scored],
@@ -101,7 +106,7 @@ def read_scored(
 def _names(predictions: list[Path]) -> list[str]:
     """A short name a run: the file's, or its whole path where two files have one name."""
     short = [path.name.removesuffix(".json") for path in predictions]
-    return short if len(set(short)) == len(short) else [str(path.with_suffix("")) for path in predictions]
+    return short if len(set(short)) == len(short) else [str(path) for path in predictions]
 
 
 def _skipped_photos(predictions: Path) -> set[str]:

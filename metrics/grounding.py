@@ -30,10 +30,10 @@ class Named:
 def find_named(words: Sequence[str], names: dict[str, Iterable[str]]) -> list[tuple[str, tuple[int, ...]]]:
     """(object, places of its words) for each object of `names` {object: phrases} that the words name, once each.
 
-    >>> find_named(["A", "red", "circle", "by", "2", "Dogs"], {"dog": ["dog", "dogs"], "red circle": ["red circle"]})
+    >>> find_named(["A", "red", "circle", "by", "2", "Dogs."], {"dog": ["dog", "dogs"], "red circle": ["red circle"]})
     [('dog', (5,)), ('red circle', (1, 2))]
     """
-    bare = [re.sub(r"^\\W+|\\W+$", "", word.lower()) for word in words]
+    bare = [re.sub(r"^\W+|\W+$", "", word.lower()) for word in words]
     found = []
     for name, phrases in names.items():
         places = (
@@ -85,18 +85,20 @@ def auroc(values: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> flo
 def ground(maps: np.ndarray, named: Sequence[Named]) -> dict[str, tuple[float, float]]:
     """(W, P) maps of a caption's words against what it names: {metric: (sum over objects, number of them)}.
 
-    An object's map is the mean of its words'. Patches that two of the objects share count for neither.
+    An object's map is the mean of its words'. Patches that two of the objects share count for neither in Match@1 and
+    PairWin, and an object that has no patch of its own takes no part in them.
     """
     own = np.stack([maps[list(one.words)].mean(axis=0) for one in named])
     covers = np.stack([one.cover for one in named])
     shared = np.stack([np.delete(covers, i, axis=0).max(axis=0, initial=0.0) for i in range(len(named))])
     on, off = (covers - shared).clip(min=0), 1 - covers
     found = {}
-    if len(named) > 1:
-        fit = np.array([[auroc(row, on[j], off[j]) for j in range(len(named))] for row in own])  # map i, mask j
+    apart = [j for j in range(len(named)) if on[j].sum() > 0.01 and off[j].sum() > 0.01]  # has patches of its own
+    if len(apart) > 1:
+        fit = np.array([[auroc(own[i], on[j], off[j]) for j in apart] for i in apart])  # map i, mask j
         best = fit == fit.max(axis=1, keepdims=True)
-        found["match_at_1"] = float((best.diagonal() / best.sum(axis=1)).sum()), len(named)
-        rivals = ~np.eye(len(named), dtype=bool)
+        found["match_at_1"] = float((best.diagonal() / best.sum(axis=1)).sum()), len(apart)
+        rivals = ~np.eye(len(apart), dtype=bool)
         wins = (fit.diagonal()[None, :] > fit) + 0.5 * (fit.diagonal()[None, :] == fit)
         found["pair_win"] = float(wins[rivals].sum()), int(rivals.sum())
     positive = own.clip(min=0)
@@ -170,18 +172,23 @@ class GroundingTable:
 
     def summary(self, method: str, against: str = "last_mean") -> tuple[dict, str]:
         """All rows with intervals, and `method` compared with `against`: as plain values, and as a table to read."""
-        scores, rows, lines = self.scores(), {}, [f"{'':28}" + "".join(f"{metric:>23}" for metric in METRICS)]
+        scores, rows, lines = self.scores(), {}, [f"{'':28}" + "".join(f"{metric:>25}" for metric in METRICS)]
         for row, own in scores.items():
             rows[row], line = {}, f"{row + (' *' if row == method else ''):28}"
             for metric, score in own.items():
-                low, high = interval(score, list(score.parts), self.seed) if score.photos else (np.nan, np.nan)
+                if not score.photos:
+                    rows[row][metric], line = {"score": None, "interval": None}, line + "none".rjust(25)
+                    continue
+                low, high = interval(score, list(score.parts), self.seed)
                 rows[row][metric] = {"score": score.corpus, "interval": [low, high]}
-                line += f"{score.corpus:.3f} [{low:.3f}, {high:.3f}]".rjust(23)
+                line += f"{score.corpus:.3f} [{low:.3f}, {high:.3f}]".rjust(25)
             lines.append(line)
         changes = {}
         if method != against:
             for metric in ("match_at_1", "pair_win", "pointing"):
                 first, second = scores[against][metric], scores[method][metric]
+                if not first.photos:
+                    continue
                 change = changes[metric] = paired(first, second, list(first.parts), self.seed)._asdict()
                 lines.append(
                     f"{metric}, {method} less {against}: {change['difference']:+.3f} "

@@ -54,4 +54,5 @@ def phrases(category: str) -> list[str]:
     >>> phrases("zebra"), phrases("red circle")
     (['zebra', 'zebras'], ['red circle', 'red circles'])
     """
+    category = category.lower()
     return _OWN[category].split() if category in _OWN else [category, f"{category}s"]

@@ -95,9 +95,11 @@ def meteor(references: References, predictions: Predictions) -> Score:
         program = Meteor()
     try:
         corpus, by_photo = program.compute_score(gold, hypotheses)
-    except (OSError, ValueError) as error:  # a broken pipe, or no number: the reason stands unread in its stderr
+    except BaseException as error:
         program.lock = threading.Lock()  # the old one is held still, and its destructor would wait for it for ever
         program.meteor_p.kill()
+        if not isinstance(error, (OSError, ValueError)):  # a broken pipe, or no number: the reason is in its stderr
+            raise
         said = program.meteor_p.stderr.read().decode(errors="replace").splitlines()
         reasons = [line for line in said if line.strip() and not line.startswith("NOTE: Picked up")]
         raise MeteorUnavailable(reasons[0] if reasons else str(error)) from None
@@ -120,7 +122,7 @@ def _distinct(captions: list[list[str]], n: int) -> float:
 
 
 def diversity(predictions: Predictions) -> dict[str, float]:
-    """How varied the captions are, on PTB tokens: the figures of DIVERSITY by name."""
+    """How varied the captions are, empty ones left aside, on PTB tokens: the figures of DIVERSITY by name."""
     tokens = ptb_tokenize({photo: [caption] for photo, caption in predictions.items()})
-    captions = [text.split() for (text,) in tokens.values()]
+    captions = [text.split() for (text,) in tokens.values() if text] or [[]]
     return {name: float(measure(captions)) for name, measure in DIVERSITY.items()}

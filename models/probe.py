@@ -63,7 +63,7 @@ class Recorder:
         rows = self.rows[:, None, :, None]  # (B, 1, T, 1)
         query = query.gather(2, rows.expand(-1, heads, -1, width))
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
-        scores = (query @ key.transpose(2, 3)).float() * (width**-0.5 if scaling is None else scaling)
+        scores = query.float() @ key.float().transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
         if mask is not None:
             mask = mask[..., : key.shape[2]].expand(batch, -1, -1, -1)
             own = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
@@ -166,8 +166,9 @@ def look_llava(llava: Llava, images: Sequence[Image.Image], captions: Sequence[S
     """What a LLaVA looked at: B photos, B captions as token ids without EOS."""
     model, inputs = llava.model, dict(llava.inputs(images))
     ids, mask, device = inputs.pop("input_ids"), inputs.pop("attention_mask"), model.device
-    eos = llava.eos if isinstance(llava.eos, int) else llava.eos[0]
-    closed = [[*caption, eos] for caption in captions]
+    # a model may write the image's token, but the photo stands once in its prompt
+    captions = [[token for token in caption if token != model.config.image_token_id] for caption in captions]
+    closed = [[*caption, llava.processor.tokenizer.eos_token_id] for caption in captions]
     pad, longest = llava.processor.tokenizer.pad_token_id, max(map(len, captions))
     own = torch.tensor([[*caption, *[pad] * (longest - len(caption))] for caption in captions], device=device)
     real = torch.tensor([[1] * len(caption) + [0] * (longest - len(caption)) for caption in captions], device=device)
@@ -190,10 +191,11 @@ def look_llava(llava: Llava, images: Sequence[Image.Image], captions: Sequence[S
 
 
 def forget(module: nn.Module) -> None:
-    """Draw every matrix and kernel anew, so that nothing that was learnt is left; norms and biases stay."""
-    for parameter in module.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    """Draw every matrix, kernel and class token anew; norms and biases stay, without which nothing is told apart."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1 or "class_embedding" in name:
+            width = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]
+            nn.init.normal_(parameter, std=width**-0.5)
 
 
 class CaptionerEye:
@@ -205,6 +207,10 @@ class CaptionerEye:
     def grid(self, width: int, height: int) -> PatchGrid:
         """Where the patches lie on a photo of so many pixels."""
         return self.captioner.encoder.grid(width, height)
+
+    def check_room(self, tokens: int) -> None:
+        """Raise a UserError where captions of so many tokens do not fit."""
+        self.captioner.check_room(tokens, "annotations")
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         encoder = self.captioner.encoder
@@ -229,13 +235,20 @@ class CaptionerEye:
 class LlavaEye:
     """A LLaVA as P3 uses a model. Raises UserError where its patches lie on no fixed grid."""
 
+    def check_room(self, tokens: int) -> None:
+        """Llama's positions have no end that a caption would reach."""
+
     def __init__(self, llava: Llava):
         self.llava, self.tokenizer, self.text = llava, llava.processor.tokenizer, llava.text
-        vision, look = getattr(llava.model.config, "vision_config", None), llava.processor.image_processor
+        config, look = llava.model.config, llava.processor.image_processor
         size, crop = getattr(look, "size", None) or {}, getattr(look, "crop_size", None) or {}
-        if not (vision and getattr(look, "do_center_crop", False) and "shortest_edge" in size and "height" in crop):
-            raise UserError("model: its processor does not crop photos to one square, so its patches cannot be placed")
-        self.side = crop["height"] // vision.patch_size
+        crops = getattr(look, "do_center_crop", False) and "shortest_edge" in size and "height" in crop
+        if config.model_type != "llava" or not crops or config.vision_feature_select_strategy != "default":
+            raise UserError(
+                f"model: expected a LLaVA that crops photos to one square, so that its patches can be placed; this is "
+                f"{config.model_type}"
+            )
+        self.side = crop["height"] // config.vision_config.patch_size
         self.transform = PhotoTransform(crop["height"], size["shortest_edge"], (), (), "")
 
     def grid(self, width: int, height: int) -> PatchGrid:
@@ -247,8 +260,8 @@ class LlavaEye:
         return self.llava.generate(images, {"": decoding}, {"": seeds})[""]
 
     def ids(self, text: str) -> list[int]:
-        """A caption's token ids."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        """A caption's token ids; what is written like a special token stays text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def look(self, images: Sequence[Image.Image], captions: Sequence[Sequence[int]]) -> list[Look]:
         return look_llava(self.llava, images, captions)

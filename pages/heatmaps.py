@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,14 +80,14 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
     tiles = figure.subplots(rows, columns, squeeze=False).flatten()
     values = shown(photo.maps[method])
     _tile(tiles[0], photo, None)
-    tiles[0].set_title(photo.stem[:24], fontsize=8)
+    tiles[0].set_title(photo.stem[:24], fontsize=8, parse_math=False)
     for axes, unit, one in zip(tiles[1:], photo.units, values):
         _tile(axes, photo, one)
-        axes.set_title(f"{unit.text or '(end)'}  p {unit.probability:.2f}", fontsize=9)
+        axes.set_title(f"{unit.text or '(end)'}  p {unit.probability:.2f}", fontsize=9, parse_math=False)
     for axes in tiles[count:]:
         axes.axis("off")
     title = photo.caption + (f"\n{photo.note}" if photo.note else "")
-    figure.suptitle(title, fontsize=10, wrap=True)
+    figure.suptitle(title, fontsize=10, wrap=True, parse_math=False)
     bar = figure.colorbar(ScalarMappable(cmap=COLOURS), ax=list(tiles), shrink=0.6, aspect=30, pad=0.01)
     bar.set_label(f"{method}; 1: the caption's highest hundredth", fontsize=8)
     with written_whole(file) as part:
@@ -108,19 +108,18 @@ def draw_methods(photo: Drawn, file: Path) -> None:
             _tile(axes, photo, values)
         line[0].set_ylabel(method, fontsize=9)
     for axes, unit in zip(tiles[0], photo.units):
-        axes.set_title(unit.text or "(end)", fontsize=9)
-    figure.suptitle(photo.caption, fontsize=10, wrap=True)
+        axes.set_title(unit.text or "(end)", fontsize=9, parse_math=False)
+    figure.suptitle(photo.caption, fontsize=10, wrap=True, parse_math=False)
     with written_whole(file) as part:
         figure.savefig(part, dpi=90, format="png")
 
 
-def _outline(mask: np.ndarray, size: tuple[int, int]) -> str:
+def _outline(mask: np.ndarray) -> str:
     """(H, W) mask -> a transparent picture of its outline, white in black, that lies on the photo."""
-    small = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
-    small = small.point(lambda value: 255 * (value > 127))
+    small = Image.fromarray(mask.astype(np.uint8) * 255)
     wide, narrow = small.filter(ImageFilter.MaxFilter(7)), small.filter(ImageFilter.MaxFilter(5))
     thin = small.filter(ImageFilter.MaxFilter(3))
-    picture = Image.new("RGBA", size)
+    picture = Image.new("RGBA", small.size)
     picture.paste((0, 0, 0, 255), mask=_difference(wide, small))
     picture.paste((255, 255, 255, 255), mask=_difference(narrow, thin))
     return data_uri(picture.quantize(4), "PNG", optimize=True)
@@ -130,18 +129,36 @@ def _difference(one: Image.Image, two: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(one) - np.minimum(np.asarray(one), np.asarray(two)))
 
 
+def reduced(photo: Drawn) -> Drawn:
+    """The photo no longer than EDGE, its masks and its grid with it: all that pictures and page need."""
+    image = photo.image.copy()
+    image.thumbnail((EDGE, EDGE), Image.Resampling.BICUBIC)
+    across, down = image.width / photo.image.width, image.height / photo.image.height
+    left, top, right, bottom = photo.grid.box
+    grid = PatchGrid(photo.grid.rows, photo.grid.columns, (left * across, top * down, right * across, bottom * down))
+    objects = {}
+    for name, (words, mask) in photo.objects.items():
+        small = Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.BILINEAR)
+        objects[name] = words, np.asarray(small) > 127
+    maps = {name: maps.astype(np.float32) for name, maps in photo.maps.items()}
+    return replace(photo, image=image, grid=grid, maps=maps, objects=objects)
+
+
 def _for_page(photo: Drawn) -> dict:
-    small = photo.image.copy()
-    small.thumbnail((EDGE, EDGE), Image.Resampling.BICUBIC)
     width, height = photo.image.size
     left, top, right, bottom = photo.grid.box
     return {
         "stem": photo.stem,
         "note": photo.note,
         "caption": photo.caption,
-        "photo": data_uri(small, quality=80),
-        "size": small.size,
-        "box": [100 * left / width, 100 * top / height, 100 * (right - left) / width, 100 * (bottom - top) / height],
+        "photo": data_uri(photo.image, quality=80),
+        "size": photo.image.size,
+        "box": [
+            round(value, 4)
+            for value in (
+                100 * left / width, 100 * top / height, 100 * (right - left) / width, 100 * (bottom - top) / height
+            )
+        ],
         "grid": [photo.grid.rows, photo.grid.columns],
         "words": [
             {"text": unit.text or "(end)", "probability": round(unit.probability, 4), "mass": round(unit.image_mass, 4)}
@@ -152,8 +169,7 @@ def _for_page(photo: Drawn) -> dict:
             for method, maps in photo.maps.items()
         },
         "objects": [
-            {"name": name, "words": words, "outline": _outline(mask, small.size)}
-            for name, (words, mask) in photo.objects.items()
+            {"name": name, "words": words, "outline": _outline(mask)} for name, (words, mask) in photo.objects.items()
         ],
     }
 

@@ -53,7 +53,7 @@ function head(label, small, key, numeric) {
   const header = make("th", {scope: "col", ...(numeric ? {class: "number"} : {})}, button,
     ...small.map(text => make("small", {}, text)));
   button.addEventListener("click", () => {
-    sorted = {header, key, sign: sorted.header === header ? -sorted.sign : -1};
+    sorted = {header, key, sign: sorted.header === header ? -sorted.sign : numeric ? -1 : 1};
     order();
   });
   headers.push(header);
@@ -66,7 +66,7 @@ table.append(make("thead", {}, make("tr", {},
   make("th", {scope: "col"}, "caption"),
   ...data.columns.map((label, metric) => head(label, data.corpus.map(corpus => `${number(corpus[metric])} in all`),
     photo => decider(photo, metric), true)))), ...groups.map(group => group.body));
-by.addEventListener("change", order);
+by.addEventListener("change", () => sorted.header ? order() : headers[1].querySelector("button").click());
 
 const find = make("input", {id: "find", type: "search", placeholder: "words in captions or file names",
   "aria-label": "show only photos with these words in a caption or the file name"});

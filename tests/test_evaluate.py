@@ -292,14 +292,15 @@ def scored(scene: Path, *names: str, **settings) -> dict:
 
 
 def test_runs_are_compared_photo_by_photo(scene, capsys):
-    worse = CAPTIONS | {"truck": "a cat", "river": CAPTIONS["river"] + "\u2028" + "word " * 101}
+    worse = CAPTIONS | {"truck": "a cat of 90 pounds", "river": CAPTIONS["river"] + "\u2028" + "word " * 101}
     (scene / "worse.json").write_text(json.dumps(dict(reversed(worse.items()))))
     content = scored(scene, "captions", "worse")
     out, err = capsys.readouterr()
     first, second = content["runs"]
     assert (first["name"], second["name"], second["n"]) == ("captions", "worse", 3)
     assert first["corpus"]["cider"] == cider(REFERENCES, CAPTIONS)[0]
-    assert second["corpus"]["cider"] == cider(REFERENCES, dict(reversed(worse.items())))[0]
+    assert second["corpus"]["cider"] == cider(REFERENCES, worse)[0]  # in the first run's order
+    assert second["scored"] == {"cider": 3}
     (pair,) = content["paired"]
     change = second["corpus"]["cider"] - first["corpus"]["cider"]
     assert (pair["run"], pair["against"], pair["metric"]) == ("worse", "captions", "cider")

@@ -66,8 +66,8 @@ def test_nothing_is_written_where_the_scorers_are_installed():
 
 def test_diversity():
     found = overlap.diversity({"a": "A dog runs.", "b": "a dog runs", "c": "a cat", "d": ""})
-    assert found["length"] == 2.0 and found["vocabulary"] == 4
-    assert found["distinct1"] == 4 / 8 and found["distinct2"] == 3 / 5 and found["unique"] == 3 / 4
+    assert found["length"] == 8 / 3 and found["vocabulary"] == 4
+    assert found["distinct1"] == 4 / 8 and found["distinct2"] == 3 / 5 and found["unique"] == 2 / 3
     assert overlap.diversity({"a": ""}) == {
         "length": 0.0, "vocabulary": 0.0, "distinct1": 0.0, "distinct2": 0.0, "unique": 1.0,
     }  # fmt: skip

@@ -36,14 +36,16 @@ def commands() -> list[str]:
 
 
 @pytest.fixture
-def place(tmp_path, data_root, decoders, monkeypatch) -> Path:
-    """A working folder with configs/, ROOT, and a tiny GPT-2 and CLIP under the published setting's names."""
+def place(tmp_path, data_root, decoders, llava_folder, monkeypatch) -> Path:
+    """A working folder with configs/, ROOT, and a tiny GPT-2, CLIP and LLaVA under the published setting's names."""
     import open_clip
     from safetensors.torch import save_file
 
     monkeypatch.chdir(tmp_path)
     for name, target in {"configs": HERE / "configs", "ROOT": data_root, "gpt2": decoders["gpt2"]}.items():
         (tmp_path / name).symlink_to(target)
+    (tmp_path / "llava-hf").mkdir()
+    (tmp_path / "llava-hf/llava-1.5-7b-hf").symlink_to(llava_folder)
     clip = CLIP | {"quick_gelu": True, "text_cfg": CLIP["text_cfg"] | {"context_length": 32, "vocab_size": 49408}}
     save_file(open_clip.model.CLIP(**clip).state_dict(), tmp_path / "clip.safetensors")
     names = ("ViT-L-14-quickgelu", "ViT-B-32-quickgelu")
@@ -61,11 +63,18 @@ def test_the_commands_for_real_weights_run_as_they_stand(place):
         full = [sys.executable, "standins.py", str(HERE / script), *args]
         done = subprocess.run(full, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert scripts == ["p2_train.py", "p2_inference.py", "evaluate.py"]
+    assert scripts == [
+        "p1_llava_caption.py", "p2_train.py", "p2_inference.py", "evaluate.py", "evaluate.py", "p3_visualize.py",
+        "p3_visualize.py",
+    ]  # fmt: skip
     settings = yaml.safe_load((place / "runs/p2_r32/config.yaml").read_text())
     assert (settings["encoder"]["model"], settings["decoder"]["model"], settings["lora"]["rank"]) == (
         "ViT-L-14-quickgelu", "gpt2", 32,
     )  # fmt: skip
     scores = json.loads((place / "runs/p2_r32/val.scores.json").read_text())
     assert scores["n"] == 4 and all(math.isfinite(score) for score in scores["corpus"].values())
-    assert done.stdout.splitlines()[-1].startswith("CIDEr: ") and "n/a" not in done.stdout
+    compared = json.loads((place / "runs/scores.json").read_text())
+    assert [one["name"] for one in compared["runs"]] == ["llava.best", "llava.moderate", "llava.diverse"]
+    assert (place / "runs/scores.html").is_file()
+    for heatmaps in ("heatmaps", "heatmaps_llava"):
+        assert len(list((place / "runs" / heatmaps).glob("*.png"))) == 2  # the best and the worst

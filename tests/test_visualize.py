@@ -38,6 +38,8 @@ def scene(tmp_path, make_captioner) -> Path:
     categories = [{"id": 1, "name": "red box"}, {"id": 2, "name": "wall"}]
     write_json(tmp_path / "captions.json", {"images": images, "annotations": annotations})
     write_json(tmp_path / "instances.json", {"images": images, "annotations": instances, "categories": categories})
+    odd = [{"image_id": 0, "category_id": 1, "segmentation": [[1, 2]]}]
+    write_json(tmp_path / "odd.json", {"images": images, "annotations": odd, "categories": categories})
     write_json(tmp_path / "scores.json", {"photos": {s: {"clipscore": n} for n, s in enumerate(CAPTIONS)}})
     return tmp_path
 
@@ -77,6 +79,8 @@ def test_captions_and_pictures_do_not_heed_the_batch(scene):
 
 
 def test_best_and_worst_by_score(scene):
+    visualize(scene, "all", scores=scene / "scores.json", top=0, bottom=9)
+    assert [photo["note"][-5:] for photo in read(scene, "all")["photos"]] == ["2.000", "1.000", "0.000"]
     visualize(scene, scores=scene / "scores.json")
     notes = {photo["stem"]: photo["note"] for photo in read(scene)["photos"]}
     assert notes == {"three": "best by clipscore: 2.000", "one": "worst by clipscore: 0.000"}
@@ -108,6 +112,10 @@ def test_grounding_of_given_captions(scene, llava_folder, which, capsys):
         ({"scores": Path("nowhere.json")}, "scores: nowhere.json: no such file"),
         ({"instances": Path("captions.json")}, "instances: .*captions.json: 'categories' is missing"),
         ({"scores": Path("instances.json")}, "scores: .*: expected a file of evaluate.py's, clipscore in it"),
+        ({"scores": Path("scores.json"), "top": 0, "bottom": 0}, "scores: with top 0 and bottom 0 no photo is left"),
+        ({"instances": Path("instances.json"), "unit": "token"}, "instances: grounding is of words"),
+        ({"instances": Path("odd.json")}, r"segmentation of annotation None is \[\[1, 2\]\]; expected polygons"),
+        ({"overwrite": True, "output": "photos"}, "output: expected another folder than that of the photos"),
     ],
 )
 def test_mistakes_end_in_one_line(scene, settings, said):
@@ -117,10 +125,13 @@ def test_mistakes_end_in_one_line(scene, settings, said):
     assert not (scene / "out").exists()
 
 
-def test_masks_of_other_sizes_a_full_folder_and_no_photo(scene):
+def test_masks_of_other_sizes_a_full_folder_and_no_photo(scene, capsys):
     Image.new("RGB", (50, 50)).save(scene / "photos/one.png")
-    with pytest.raises(UserError, match="one.png has 50 x 50 pixels, its masks in .* 120 x 60"):
-        visualize(scene, instances=scene / "instances.json")
+    visualize(scene, "sizes", annotations=scene / "captions.json", instances=scene / "instances.json")
+    assert "one.png has 50 x 50 pixels, its masks 120 x 60: not grounded" in capsys.readouterr().err
+    assert json.loads((scene / "sizes/grounding.json").read_text())["objects"] == 1
+    nothing = visualize(scene, "none", annotations=scene / "captions.json", instances=scene / "instances.json", limit=1)
+    assert not (nothing / "grounding.json").exists() and (nothing / "index.html").exists()
     visualize(scene, "other")
     with pytest.raises(UserError, match="other exists; give another name, or --overwrite"):
         visualize(scene, "other")
