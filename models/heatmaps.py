@@ -12,6 +12,7 @@ import numpy as np
 from models.probe import Look
 
 BAND = (0.4, 0.6)  # of the depth: in middle layers words attend to what they name
+SINK = 20.0  # a patch whose median over words is so many times the median patch's takes attention whatever the word
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,12 @@ def against_others(maps: np.ndarray) -> np.ndarray:
 
     Sinks, patches that soak up attention whatever the word, hide what words differ in; they do not destroy it. With
     a the share of a patch among all patches and b its mean share for the other words, this is a log(a / b), the patch's
-    part of the Kullback-Leibler divergence: nothing at sinks, where a = b, and little where there is little attention.
+    part of the Kullback-Leibler divergence: nothing where a = b, and little where there is little attention. The
+    strongest sinks, such as the first patch where no token stands before it, are levelled before.
     """
     share = maps / np.maximum(maps.sum(axis=1, keepdims=True), 1e-12)
+    usual = np.median(share, axis=0)
+    share[:, usual > SINK * np.median(usual)] = np.median(share, axis=1, keepdims=True)
     count = len(share)
     others = (share.sum(axis=0) - share) / (count - 1) if count > 1 else np.full_like(share, 1 / share.shape[1])
     level = max(float(np.median(others)), 1e-12)  # keeps the ratio of two near-nothings quiet
