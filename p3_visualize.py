@@ -224,11 +224,11 @@ def main(cfg: Config) -> None:
     if instances and not any(photo.stem in instances.objects for photo in photos):
         raise UserError(f"instances: {cfg.instances} knows none of the photos of {cfg.images}")
     check_output(cfg.output / "index.html", overwrite=True)
-    for old in ("index.html", "grounding.json"):
-        (cfg.output / old).unlink(missing_ok=True)
     eye = open_eye(cfg)
     if found:
         eye.check_room(max(len(eye.ids(text)) for photo in photos for text in photo.captions))
+    for older in ("index.html", "grounding.json"):
+        (cfg.output / older).unlink(missing_ok=True)
 
     drawn: list[Drawn] = []
     table, grounded = GroundingTable(cfg.seed), {}  # photo -> captions, and what each names
