@@ -122,12 +122,12 @@ class ClipScorer:
             notice(f"{error}; it gets no CLIPScore")
         if 0 < len(good) < len(photos):
             notice(f"CLIPScore is the mean of {len(good)} of {len(photos)} photos")
-        self.photos = {photos[i].stem: vectors[[row]][0, 0].to(clip.device) for row, i in enumerate(good)}
-        self.references = {}
-        if references is not None:
-            texts, _ = self.encode([text for stem in self.photos for text in references[stem]])
-            sizes = [len(references[stem]) for stem in self.photos]
-            self.references = dict(zip(self.photos, texts.split(sizes)))
+        self.stems = [photos[i].stem for i in good]
+        self.vectors = vectors[range(len(good))][:, 0].to(clip.device) if good else None  # (N, D)
+        self.references = None
+        if references is not None and good:
+            texts, _ = self.encode([text for stem in self.stems for text in references[stem]])
+            self.references = texts.split([len(references[stem]) for stem in self.stems])
 
     def encode(self, texts: list[str]) -> tuple["torch.Tensor", list[bool]]:  # noqa: F821
         """Unit vectors (N, D) of N texts, and which were too long for CLIP."""
@@ -138,17 +138,17 @@ class ClipScorer:
         """CLIPScore and, where there are references, RefCLIPScore of a run; an empty caption scores 0."""
         import torch
 
-        stems = [stem for stem in predicted.captions if stem in self.photos]
-        texts, cut = self.encode([predicted.captions[stem] for stem in stems])
+        captions = [predicted.captions[stem] for stem in self.stems]
+        texts, cut = self.encode(captions)
         if any(cut):
-            which = first_of([stem for stem, long in zip(stems, cut) if long])
+            which = first_of([stem for stem, long in zip(self.stems, cut) if long])
             notice(f"{predicted.name}: CLIP reads the caption of {which} only in part, longer than its text input")
-        scores = clip_scores(torch.stack([self.photos[stem] for stem in stems]), texts)
-        scores *= torch.tensor([bool(predicted.captions[stem].strip()) for stem in stems], device=scores.device)
+        scores = clip_scores(self.vectors, texts)
+        scores *= torch.tensor([bool(caption.strip()) for caption in captions], device=scores.device)
         found = {"clipscore": scores}
         if self.references:
-            found["refclipscore"] = ref_clip_scores(scores, texts, [self.references[stem] for stem in stems])
-        return {name: mean_score(dict(zip(stems, values.tolist()))) for name, values in found.items()}
+            found["refclipscore"] = ref_clip_scores(scores, texts, self.references)
+        return {name: mean_score(dict(zip(self.stems, values.tolist()))) for name, values in found.items()}
 
 
 def score_run(
@@ -181,9 +181,8 @@ def table(runs: list[Predicted], scores: list[dict[str, Score | float]], stems: 
     for metric, first in scores[0].items():
         lines.append(f"\n{LABELS[metric]}")
         for number, (predicted, own) in enumerate(zip(runs, scores)):
-            score = own.get(metric)
-            corpus = score.corpus if isinstance(score, Score) else score
-            line = f"  {predicted.name:{width}}  " + ("n/a" if corpus is None else f"{corpus:.4f}")
+            score = own[metric]
+            line = f"  {predicted.name:{width}}  {getattr(score, 'corpus', score):.4f}"
             if isinstance(score, Score) and score.of_sums and len(score.photos) > 1:
                 low, high = intervals[number][metric] = interval(score, stems)
                 line += f" [{low:.4f}, {high:.4f}]"
@@ -239,7 +238,7 @@ def main(cfg: Config) -> None:
         else:
             clip = ClipScorer(model, photos, references if "refclipscore" in cfg.metrics else None, cfg)
             versions |= {"open_clip": version("open_clip_torch"), "clip": clip.label}
-            if not clip.photos:
+            if not clip.stems:
                 clip, unavailable = None, "CLIPScore: none of the photos can be read"
 
     stems = [photo.stem for photo in photos]

@@ -11,7 +11,6 @@ where it was when the same command is given again.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 
@@ -60,14 +59,11 @@ def main(cfg: Config) -> None:
     journal = Journal(cfg.output, {"": cfg.output}, {"": settings}, cfg.overwrite)
     captioner = load_captioner(folder).merge()
     captioner.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
-    captioner.encoder.to(device)
-    captioner.projector.to(device)
-    captioner.decoder.to(device, torch_dtype(cfg.precision))
+    captioner.place(device, torch_dtype(cfg.precision))
 
     def caption(own: list[Photo], images: list[Image.Image]) -> dict[str, list[str]]:
-        pixels = torch.stack([captioner.encoder.transform(image) for image in images])
-        features = captioner.encoder(pixels.to(device))  # (B, P, D)
-        return {"": captioner.caption(features, cfg.decoding, [photo_seed(cfg.seed, photo.stem) for photo in own])}
+        seeds = [photo_seed(cfg.seed, photo.stem) for photo in own]
+        return {"": captioner.caption(captioner.features(images), cfg.decoding, seeds)}
 
     meta = {"captioner": asdict(captioner.config), "device": str(device)}
     caption_journaled(photos, journal, caption, cfg.batch_size, cfg.workers, meta)

@@ -160,10 +160,7 @@ def open_eye(cfg: Config) -> Eye:
         return LlavaEye(load_llava(cfg.model, cfg.prompt, device, torch_dtype(cfg.precision), cfg.quantize))
     captioner = load_captioner(find_checkpoint(cfg.checkpoint)).merge()
     captioner.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
-    captioner.encoder.to(device)
-    captioner.projector.to(device)
-    captioner.decoder.to(device, torch_dtype(cfg.precision))
-    return CaptionerEye(captioner)
+    return CaptionerEye(captioner.place(device, torch_dtype(cfg.precision)))
 
 
 def named_objects(

@@ -82,6 +82,7 @@ def time_cider(cfg: Config) -> tuple[dict[str, float], bool]:
     os.environ["PATH"] = f"{Path(find_java()).parent}{os.pathsep}{os.environ['PATH']}"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / jar.name).symlink_to(jar)
+
         def plain() -> dict[str, float]:
             return official_cider(references, captions, Path(folder))
 

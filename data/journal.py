@@ -35,15 +35,12 @@ class Journal:
         self.outputs, self.settings = outputs, json.loads(json.dumps(settings, default=str))
         self.captions: dict[str, dict[str, str]] = {}  # by stem, then by name
         self._whole = 0  # bytes of whole lines
-        for file in outputs.values():
-            check_output(file, overwrite=True)
+        if self.path.exists() and not overwrite:
+            self._read()
+        for file in outputs.values():  # killed between its last two steps, a run has both journal and output
+            check_output(file, overwrite or self._whole > 0)
         if overwrite:
             self.path.unlink(missing_ok=True)
-        elif self.path.exists():
-            self._read()
-        if not self._whole:  # killed between its last two steps, a run has both journal and output
-            for file in outputs.values():
-                check_output(file, overwrite)
 
     def _read(self) -> None:
         whole = self.path.read_bytes()

@@ -26,7 +26,7 @@ from data.instances import read_instances
 from demo.shapes import is_made, made_whole, named_pairs
 from metrics.grounding import cover_on_grid
 from models.captioner import pack_rows, prefix_mask
-from models.llava import PROMPT
+from models.llava import PROMPT, chat_prompt
 
 CLIP = {
     "embed_dim": 128,
@@ -327,8 +327,7 @@ def train_llava(folder: Path, clip: Path, root: Path, steps: int) -> None:
     with torch.no_grad():
         pixels = torch.stack([preprocess(Image.open(photo)) for photo in tqdm(photos, desc="reading", unit="scene")])
         features = torch.cat([parts.vision_tower(some).last_hidden_state[:, 1:] for some in pixels.split(64)])
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}
-    prompt = tokenizer(processor.apply_chat_template([turn], add_generation_prompt=True))["input_ids"]
+    prompt = tokenizer(chat_prompt(processor, PROMPT))["input_ids"]
     place, rows = prompt.index(image), [tokenizer(texts)["input_ids"] for texts in captions]
     embed = model.get_input_embeddings()
 

@@ -46,6 +46,17 @@ def ptb_tokenize(captions: dict[str, list[str]]) -> dict[str, list[str]]:
     return {key: [next(words) for _ in group] for key, group in captions.items()}
 
 
+def tokenize_pairs(
+    references: dict[str, list[str]], predictions: dict[str, str]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """`ptb_tokenize` of references and of predictions, each a stream of its own, as pycocoevalcap's scorers take."""
+    with ThreadPoolExecutor(2) as pool:  # most of a call is the start of Java
+        gold, hypotheses = pool.map(
+            ptb_tokenize, (references, {photo: [caption] for photo, caption in predictions.items()})
+        )
+    return gold, hypotheses
+
+
 @functools.lru_cache(maxsize=8)  # metrics and runs ask for the same references
 def tokenize_lines(lines: tuple[str, ...]) -> tuple[str, ...]:
     """`ptb_tokenize` of captions without line breaks."""
@@ -80,9 +91,7 @@ def cider(
 
     scored = list(predictions)
     others = [photo for photo in references if photo not in predictions] if idf == "full" else []
-    texts = {photo: references[photo] for photo in scored + others}, {photo: [predictions[photo]] for photo in scored}
-    with ThreadPoolExecutor(2) as pool:  # most of a call is the start of Java
-        gold, hypotheses = pool.map(ptb_tokenize, texts)
+    gold, hypotheses = tokenize_pairs({photo: references[photo] for photo in scored + others}, predictions)
     _, scores = Cider().compute_score(gold, hypotheses | {photo: [""] for photo in others})
     scores = scores[: len(scored)]
     return float(scores.mean()), dict(zip(scored, scores.tolist()))

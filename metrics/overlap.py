@@ -12,17 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics.cider import find_java, ptb_tokenize
+from metrics.cider import find_java, ptb_tokenize, tokenize_pairs
 from metrics.statistics import Score, mean_score
 
 References, Predictions = dict[str, list[str]], dict[str, str]
 
 
-def _tokens(references: References, predictions: Predictions) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    return (
-        ptb_tokenize({photo: references[photo] for photo in predictions}),
-        ptb_tokenize({photo: [caption] for photo, caption in predictions.items()}),
-    )
+def _tokens(references: References, predictions: Predictions) -> tuple[References, References]:
+    return tokenize_pairs({photo: references[photo] for photo in predictions}, predictions)
 
 
 def bleu_of_sums(sums: np.ndarray, order: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -215,6 +216,18 @@ class Captioner(nn.Module):
         """Fold LoRA into the decoder, for inference."""
         self.decoder = merge_lora(self.decoder)
         return self
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> "Captioner":
+        """Move all to `device`, the decoder to `dtype`; encoder and projector stay in float32."""
+        self.encoder.to(device)
+        self.projector.to(device)
+        self.decoder.to(device, dtype)
+        return self
+
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        """B RGB photos -> (B, P, D_image)."""
+        pixels = torch.stack([self.encoder.transform(image) for image in images])
+        return self.encoder(pixels.to(self.encoder.device))
 
     @torch.inference_mode()
     def generate(self, features: Tensor, decoding: Decoding = Decoding(), seeds: Sequence[int] = ()) -> list[list[int]]:

@@ -100,9 +100,8 @@ def smoothed(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return padded.reshape(len(maps), -1)
 
 
-def _lens(look: Look, units: Sequence[Unit]) -> np.ndarray:
-    own = joined(look.lens, units)
-    return own - own.mean(axis=0)
+def _demeaned(maps: np.ndarray) -> np.ndarray:
+    return maps - maps.mean(axis=0)
 
 
 Method = Callable[[Look, Sequence[Unit], tuple[int, int]], np.ndarray]
@@ -112,9 +111,9 @@ METHODS: dict[str, Method] = {
     "penult_mean": lambda look, units, grid: joined(look.mean[-2:][0], units),
     "penult_max": lambda look, units, grid: joined(look.peak[0], units),
     "mid": lambda look, units, grid: _mid(look, units),
-    "demean": lambda look, units, grid: _mid(look, units) - _mid(look, units).mean(axis=0),
+    "demean": lambda look, units, grid: _demeaned(_mid(look, units)),
     "rel": lambda look, units, grid: smoothed(against_others(_mid(look, units)), grid),
-    "lens": lambda look, units, grid: smoothed(_lens(look, units), grid),
+    "lens": lambda look, units, grid: smoothed(_demeaned(joined(look.lens, units)), grid),
 }
 """(look, units, grid) -> (W, P) maps; higher is more, and what is shown is their positive part."""
 

@@ -32,6 +32,12 @@ PROMPT = "Provide a one-sentence caption for the provided image."
 Quantize = Literal["none", "4bit", "8bit"]
 
 
+def chat_prompt(processor, prompt: str) -> str:
+    """What the model reads before it answers: the image's place and `prompt`, in its chat template."""
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    return processor.apply_chat_template([turn], add_generation_prompt=True)
+
+
 class Llava(nn.Module):
     """An image-text-to-text model of transformers with its processor and one prompt for all photos."""
 
@@ -39,8 +45,7 @@ class Llava(nn.Module):
         super().__init__()
         self.model, self.processor = model.eval(), processor
         processor.tokenizer.padding_side = "left"  # generation goes on at the right end of each row
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        self.prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+        self.prompt = chat_prompt(processor, prompt)
 
     def inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """B photos -> input_ids and attention_mask (B, L), pixel_values and what else the model reads."""

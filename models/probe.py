@@ -212,20 +212,16 @@ class CaptionerEye:
         """Raise a UserError where captions of so many tokens do not fit."""
         self.captioner.check_room(tokens, "annotations")
 
-    def features(self, images: Sequence[Image.Image]) -> Tensor:
-        encoder = self.captioner.encoder
-        return encoder(torch.stack([encoder.transform(image) for image in images]).to(encoder.device))
-
     def generate(self, images: Sequence[Image.Image], decoding: Decoding, seeds: Sequence[int]) -> list[list[int]]:
         """Captions as token ids without EOS."""
-        return self.captioner.generate(self.features(images), decoding, seeds)
+        return self.captioner.generate(self.captioner.features(images), decoding, seeds)
 
     def ids(self, text: str) -> list[int]:
         """A caption's token ids, as in training."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def look(self, images: Sequence[Image.Image], captions: Sequence[Sequence[int]]) -> list[Look]:
-        return look_captioner(self.captioner, self.features(images), captions)
+        return look_captioner(self.captioner, self.captioner.features(images), captions)
 
     def forget(self) -> None:
         """Let all weights be random."""
