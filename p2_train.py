@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -36,15 +37,24 @@ from common import (
     torch_dtype,
     written_whole,
 )
-from data.batches import Row, batch_tokens, epoch_batches
+from data.batches import Row, ahead, batch_tokens, epoch_batches
 from data.splits import Split, prepare_split, read_splits
 from metrics.cider import cider, find_java
-from models.captioner import Captioner, CaptionerConfig, build_captioner, pack_rows
+from models.captioner import Captioner, CaptionerConfig, Rows, build_captioner, pack_rows
 from models.checkpoint import find_checkpoint, load_trained, remove_checkpoint, restore_folder, save_captioner
-from models.decoder import DecoderConfig, LoraConfig, causal_lm, check_decoder, fuse_lora
+from models.decoder import DecoderConfig, LoraConfig, causal_lm, check_decoder
 from models.encoder import EncoderConfig, check_encoder
 from models.projector import ProjectorConfig
-from models.training import STAGES, Stage, check_stage, make_optimizer, make_schedule, parts_of, set_trainable
+from models.training import (
+    STAGES,
+    Stage,
+    check_stage,
+    compile_layers,
+    lighten,
+    make_optimizer,
+    make_schedule,
+    set_trainable,
+)
 from pages.figures import plot_losses
 
 
@@ -96,6 +106,8 @@ class Config:
     """Clip the gradient to this norm; 0 does not."""
     precision: Precision = "float32"
     """bf16 and fp16 hold the frozen weights in 16 bits and compute in them; what trains stays in float32."""
+    compile: bool = False
+    """Compile the decoder's layers (torch.compile): meant for a GPU; on a CPU it takes minutes and gains nothing."""
     save_precision: Precision = "float32"
     """Precision of best/; last/ is always float32."""
     val_cider: bool = False
@@ -168,7 +180,8 @@ def resumed_state(cfg: Config) -> dict | None:
     if not cfg.resume or not file.exists():
         return None
     before, now = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(settings_of(cfg))
-    elsewhere = ("device", "features", "output", "data", "images", "val_images")  # the same run on another machine
+    # the same run on another machine
+    elsewhere = ("device", "compile", "features", "output", "data", "images", "val_images")
     changed = [key for key in now if key not in elsewhere and now[key] != before.get(key)]
     check([f"resume: {key} was {before.get(key)}, is {now[key]}" for key in changed])
     restore_folder(cfg.output / "last")
@@ -190,12 +203,24 @@ class Trainer:
         self.log = MetricsLog(cfg.output / "metrics.jsonl")
         self.model = captioner  # as accelerate wraps it, once a stage has begun
 
-    def loss(self, model, split: Split, batch: list[Row]) -> Tensor:
+    def inputs(self, split: Split, batch: list[Row]) -> tuple[Tensor, Rows]:
+        """Features of a batch's photos and its packed captions; pinned, where they go to a GPU."""
+        features = split.features[[photo for photo, _ in batch]]
+        rows = pack_rows([captions for _, captions in batch], self.captioner.tokenizer.eos_token_id)
+        pin = self.accelerator.device.type == "cuda"
+        return (features.pin_memory(), rows.pin_memory()) if pin else (features, rows)
+
+    def loss(self, model, features: Tensor, rows: Rows) -> Tensor:
         """Sum of the losses of a batch's supervised tokens."""
         device = self.accelerator.device
-        features = split.features[[photo for photo, _ in batch]].to(device, non_blocking=True)
-        rows = pack_rows([captions for _, captions in batch], self.captioner.tokenizer.eos_token_id).to(device)
-        return model(features, rows)[0]
+        return model(features.to(device, non_blocking=True), rows.to(device))[0]
+
+    def ready(self, step: tuple[list[list[Row]], int]) -> tuple[list[list[Row]], int, list[tuple[Tensor, Rows]]]:
+        """An optimizer step, and the inputs of its batches."""
+        own, tokens = step
+        # every process must do its part of the exchange, so an empty batch borrows a row, at weight 0
+        borrowed = [(0, self.train.captions[0][:1])]
+        return own, tokens, [self.inputs(self.train, batch or borrowed) for batch in own]
 
     def optimizer_steps(self, batches: list[list[Row]]) -> Iterator[tuple[list[list[Row]], int]]:
         """For each optimizer step this process's batches, and the supervised tokens of all processes' batches.
@@ -228,21 +253,18 @@ class Trainer:
             order = 1000 * cfg.seed + 100 * list(STAGES).index(name) + epoch
             batches = epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row, order, cfg.bucket)
             count = min(epoch_steps, round(stage.epochs * epoch_steps) - epoch * epoch_steps)
-            bar = tqdm(
-                islice(self.optimizer_steps(batches), count), total=count, mininterval=1,
-                desc=f"{name} {epoch + 1}/{math.ceil(stage.epochs)}",
-            )  # fmt: skip
-            start, captions, loss_sum, token_sum = time.monotonic(), 0, 0.0, 0
+            steps = ahead(islice(self.optimizer_steps(batches), count), self.ready)
+            bar = tqdm(steps, f"{name} {epoch + 1}/{math.ceil(stage.epochs)}", total=count, mininterval=1)
+            start, captions, token_sum = time.monotonic(), 0, 0
+            loss_sum = torch.zeros((), device=accelerator.device)
             self.captioner.train()
-            for step, (own, tokens) in enumerate(bar, start=1):
-                step_loss = torch.zeros((), device=accelerator.device)
+            for step, (own, tokens, inputs) in enumerate(bar, start=1):
                 for i, batch in enumerate(own):
                     with accelerator.no_sync(self.model) if i + 1 < len(own) else nullcontext():
-                        # every process must do its part of the exchange, so an empty batch borrows a row at weight 0
-                        loss = self.loss(self.model, self.train, batch or batches[0][:1]) * bool(batch)
+                        loss = self.loss(self.model, *inputs[i]) * bool(batch)
                         # the mean over the whole step's tokens; processes' gradients are averaged, hence the factor
                         accelerator.backward(loss * accelerator.num_processes / tokens)
-                    step_loss += loss.detach()
+                    loss_sum += loss.detach()
                     captions += sum(len(row) for _, row in batch)
                 if cfg.max_grad_norm:
                     accelerator.clip_grad_norm_(trainable, cfg.max_grad_norm)
@@ -250,12 +272,13 @@ class Trainer:
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                loss_sum, token_sum = loss_sum + accelerator.reduce(step_loss, "sum").item(), token_sum + tokens
-                if step % 20 == 0 or step == count:
-                    mean, rate = loss_sum / token_sum, captions / (time.monotonic() - start)
+                token_sum += tokens
+                if step % 20 == 0 or step == count:  # reading the loss makes a GPU wait, so not at each step
+                    mean = accelerator.reduce(loss_sum, "sum").item() / token_sum
+                    rate = captions / (time.monotonic() - start)
                     bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", captions_a_second=f"{rate:.1f}")
                     self.write_log(stage=name, epoch=epoch + 1, step=step, loss=round(mean, 5), lr=lr)
-                    loss_sum, token_sum = 0.0, 0
+                    loss_sum, token_sum = torch.zeros_like(loss_sum), 0
             self.state |= {"stage": name, "epoch": epoch + 1}
             self.end_epoch(round(time.monotonic() - start, 1), optimizer, schedule)
 
@@ -292,8 +315,8 @@ class Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         batches = epoch_batches(self.val.captions, self.cfg.batch_size, self.cfg.captions_per_row)
         own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        for batch in tqdm(own, "validate", leave=False):
-            total += self.loss(self.captioner, self.val, batch)  # not as wrapped: no process waits for another
+        for inputs in tqdm(ahead(own, partial(self.inputs, self.val)), "validate", total=len(own), leave=False):
+            total += self.loss(self.captioner, *inputs)  # not as wrapped: no process waits for another
         return self.accelerator.reduce(total, "sum").item() / sum(map(batch_tokens, batches))
 
     def validation_cider(self) -> float:
@@ -351,11 +374,10 @@ def main(cfg: Config) -> None:
     if state:
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
-    for _, parameter in parts_of(captioner)["decoder"]:  # frozen: in 16 bits once, not cast anew at each step
-        parameter.data = parameter.data.to(torch_dtype(cfg.precision))
-    fuse_lora(captioner.decoder)
-    # the backward of sdpa under a mask is several times slower than attention written out, on a CPU
-    causal_lm(captioner.decoder).set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
+    captioner.decoder.to(accelerator.device)
+    lighten(captioner, torch_dtype(cfg.precision))
+    if cfg.compile:
+        compile_layers(captioner)
 
     fresh = {"stage": next(iter(STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
     trainer = Trainer(cfg, accelerator, captioner, train, val, state or fresh)

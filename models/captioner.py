@@ -6,7 +6,7 @@ those of one row a pair (the same packing as in sequence packing for language mo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import UserError
-from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, load_decoder, merge_lora
+from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, fuse_gelu, load_decoder, merge_lora
 from models.encoder import EncoderConfig, FrozenEncoder, build_encoder
 from models.projector import Projector, ProjectorConfig
 
@@ -80,8 +80,11 @@ class Rows:
     segments: Tensor
     """(B, L) 1, 2, ... by caption, PADDING on padding."""
 
+    def pin_memory(self) -> "Rows":
+        return Rows(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
     def to(self, device: torch.device) -> "Rows":
-        return Rows(*(getattr(self, name).to(device) for name in ("input_ids", "labels", "positions", "segments")))
+        return Rows(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
 def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int, first: int | None = None) -> Rows:
@@ -215,6 +218,7 @@ class Captioner(nn.Module):
     def merge(self) -> "Captioner":
         """Fold LoRA into the decoder, for inference."""
         self.decoder = merge_lora(self.decoder)
+        fuse_gelu(self.decoder)
         return self
 
     def place(self, device: torch.device, dtype: torch.dtype) -> "Captioner":
@@ -224,8 +228,8 @@ class Captioner(nn.Module):
         self.decoder.to(device, dtype)
         return self
 
-    def features(self, images: Sequence[Image.Image]) -> Tensor:
-        """B RGB photos -> (B, P, D_image)."""
+    def see(self, photos: Sequence, images: Sequence[Image.Image]) -> Tensor:
+        """B RGB `images` -> (B, P, D_image); of their `photos` nothing is kept, as `data.features` would."""
         pixels = torch.stack([self.encoder.transform(image) for image in images])
         return self.encoder(pixels.to(self.encoder.device))
 
@@ -233,22 +237,24 @@ class Captioner(nn.Module):
     def generate(self, features: Tensor, decoding: Decoding = Decoding(), seeds: Sequence[int] = ()) -> list[list[int]]:
         """(B, P, D_image) -> token ids of B captions, without EOS; sampling draws by one of B `seeds` for each.
 
-        All photos have equally long prefixes, so that nothing is padded.
+        All photos have equally long prefixes, so that nothing is padded; each is read once, whatever the beams.
         """
         from models.sampling import generation_config, samplers, until_eos
 
         lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
         image = self.prefix(features)
-        first = lm.get_input_embeddings()(torch.full((len(image), 1), eos, device=image.device))
-        inputs = torch.cat([image, first], dim=1)
-        mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=image.device)
-        ids = lm.generate(
-            inputs_embeds=inputs,
-            attention_mask=mask,
+        cache = lm.base_model(inputs_embeds=image, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(decoding.num_beams)
+        # the image's places count; what id stands there does not, for its keys and values are in the cache
+        ids = torch.full((len(image), image.shape[1] + 1), eos, device=image.device)
+        out = lm.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
             generation_config=generation_config(decoding, eos, pad=eos),
             logits_processor=samplers(decoding, seeds),
         )
-        return until_eos(ids, eos)
+        return until_eos(out[:, ids.shape[1] :], eos)
 
     def caption(self, features: Tensor, decoding: Decoding = Decoding(), seeds: Sequence[int] = ()) -> list[str]:
         """The captions of `generate` as text."""

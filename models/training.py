@@ -9,9 +9,9 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, LRScheduler
 
 from models.captioner import Captioner
+from models.decoder import causal_lm, fuse_gelu, fuse_lora
 
 STAGES = {"align": ("projector",), "finetune": ("projector", "lora")}  # what each stage trains
-
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,26 @@ def set_trainable(captioner: Captioner, stage: str, lr: float) -> list[torch.nn.
         print(f"  {part:8} {total:>15,} {total if train else 0:>13,} {f'{lr:g}' if train else '-':>8}")
     print(f"  {'all':8} {sum(p.numel() for p in captioner.parameters()):>15,} {sum(p.numel() for p in trainable):>13,}")
     return trainable
+
+
+def lighten(captioner: Captioner, dtype: torch.dtype) -> None:
+    """Make a training step cheap: frozen weights in `dtype`, adapters fused, the fastest attention of the device."""
+    for _, parameter in parts_of(captioner)["decoder"]:  # in 16 bits once, not cast anew at each step
+        parameter.data = parameter.data.to(dtype)
+    fuse_lora(captioner.decoder)
+    fuse_gelu(captioner.decoder)
+    # the backward of sdpa under a mask is several times slower than attention written out, on a CPU
+    lm = causal_lm(captioner.decoder)
+    lm.set_attn_implementation("eager" if lm.device.type == "cpu" else "sdpa")
+
+
+def compile_layers(captioner: Captioner) -> None:
+    """Compile the decoder's layers, once for all of them and for rows of any length."""
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # a layer knows its number: no reason for a new one
+    lm = causal_lm(captioner.decoder)
+    for module in lm.modules():
+        if type(module).__name__ in lm._no_split_modules:  # transformers' word for its layers
+            module.compile(dynamic=True)
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], stage: Stage) -> torch.optim.Optimizer:

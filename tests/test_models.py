@@ -20,7 +20,8 @@ from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner, save_capt
 from models.decoder import DecoderConfig, causal_lm, check_decoder, fuse_lora, load_decoder
 from models.encoder import EncoderConfig, PatchGrid, PhotoTransform, build_encoder
 from models.projector import ProjectorConfig
-from models.training import Stage, make_optimizer, make_schedule
+from models.sampling import until_eos
+from models.training import Stage, compile_layers, lighten, make_optimizer, make_schedule
 
 DECODERS = ["gpt2", "llama"]
 TOKENS, WIDTH = 17, 32  # of the tiny CLIP: 16 patches and the class token
@@ -62,7 +63,7 @@ def plain_loss(captioner, features, captions) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("form", ["packed", "one a row"])
+@pytest.mark.parametrize("form", ["packed", "one a row", "compiled"])
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_loss_and_gradients_equal_the_plain_form(make_captioner, batch, decoder, form, attention, monkeypatch):
     monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", 8)
@@ -70,8 +71,15 @@ def test_loss_and_gradients_equal_the_plain_form(make_captioner, batch, decoder,
     captioner = make_captioner(decoder)
     expected_loss = plain_loss(captioner, features, captions)
     expected = gradients(captioner, expected_loss)
-    fuse_lora(captioner.decoder)
+    lighten(captioner, torch.float32)
     causal_lm(captioner.decoder).set_attn_implementation(attention)
+    if form == "compiled":  # for gradients alone: to make machine code of it takes minutes
+        compile_layer = torch.nn.Module.compile
+        monkeypatch.setattr(
+            torch.nn.Module, "compile", lambda layer, **how: compile_layer(layer, backend="aot_eager", **how)
+        )
+        torch._dynamo.reset()
+        compile_layers(captioner)
     if form == "one a row":
         features = torch.stack([photo for photo, row in zip(features, captions) for _ in row])
         captions = [[caption] for row in captions for caption in row]
@@ -303,6 +311,24 @@ def test_greedy_captions_are_what_training_finds_likeliest(make_captioner, featu
                     break
             text = " ".join(captioner.tokenizer.decode(ids, skip_special_tokens=True).split())
             assert captioner.caption(photo[None], Decoding(max_new_tokens=steps)) == [text]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_beams_share_the_image_and_find_what_transformers_finds(make_captioner, features, decoder):
+    captioner, few = loud(make_captioner(decoder)), features[:6]
+    lm, eos = causal_lm(captioner.decoder), captioner.tokenizer.eos_token_id
+    with torch.no_grad():
+        first = lm.get_input_embeddings()(torch.full((len(few), 1), eos))
+        inputs = torch.cat([captioner.projector(few), first], dim=1)
+        ids = lm.generate(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2]), num_beams=3,
+                          max_new_tokens=8, eos_token_id=eos, pad_token_id=eos)  # fmt: skip
+    seen = []
+    hook = lm.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("inputs_embeds")), with_kwargs=True
+    )
+    assert captioner.generate(few, Decoding(max_new_tokens=8, num_beams=3)) == until_eos(ids, eos)
+    hook.remove()
+    assert len(seen[0]) == len(few) and all(embeds is None for embeds in seen[1:])
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
