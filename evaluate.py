@@ -20,7 +20,7 @@ from jsonargparse.typing import PositiveInt
 
 from common import NothingDone, UserError, check_output, pick_device, run, write_json
 from data.annotations import Photo
-from data.features import photo_features
+from data.features import FeatureCache
 from data.scored import MissingPolicy, Predicted, first_of, read_scored
 from metrics import overlap
 from metrics.cider import cider, find_java
@@ -117,7 +117,7 @@ class ClipScorer:
 
         self.clip, self.cfg, self.label = clip, cfg, clip.name
         side = PhotoSide(clip)
-        vectors, good, bad = photo_features(side, photos, cfg.features, cfg.batch_size, dtype=numpy.float32)
+        vectors, good, bad = FeatureCache(side, cfg.features, numpy.float32).find(photos, batch_size=cfg.batch_size)
         for error in bad:
             notice(f"{error}; it gets no CLIPScore")
         if 0 < len(good) < len(photos):

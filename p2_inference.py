@@ -16,6 +16,7 @@ from PIL import Image
 
 from common import Precision, check, library_versions, pick_device, run, torch_dtype
 from data.annotations import Photo, find_photos
+from data.features import FeatureCache
 from data.journal import Journal, caption_journaled
 from models.captioner import Decoding, check_decoding
 from models.checkpoint import find_checkpoint, load_captioner
@@ -40,6 +41,8 @@ class Config:
     """Photos captioned at a time."""
     workers: NonNegativeInt = 2
     """Threads that decode photos ahead."""
+    features: Path | None = Path("runs/features")
+    """Cache of encoded photos, shared with training; null keeps nothing."""
     precision: Precision = "float32"
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""
     device: str = "auto"
@@ -60,10 +63,11 @@ def main(cfg: Config) -> None:
     captioner = load_captioner(folder).merge()
     captioner.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
     captioner.place(device, torch_dtype(cfg.precision))
+    see = FeatureCache(captioner.encoder, cfg.features).see if cfg.features else captioner.see
 
     def caption(own: list[Photo], images: list[Image.Image]) -> dict[str, list[str]]:
         seeds = [photo_seed(cfg.seed, photo.stem) for photo in own]
-        return {"": captioner.caption(captioner.features(images), cfg.decoding, seeds)}
+        return {"": captioner.caption(see(own, images), cfg.decoding, seeds)}
 
     meta = {"captioner": asdict(captioner.config), "device": str(device)}
     caption_journaled(photos, journal, caption, cfg.batch_size, cfg.workers, meta)

@@ -36,6 +36,7 @@ from common import (
     write_json,
 )
 from data.annotations import Photo, find_photos, read_annotations
+from data.features import FeatureCache
 from data.images import BadPhoto, load_photos
 from data.instances import Instances, read_instances
 from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named
@@ -94,6 +95,8 @@ class Config:
     """Threads that decode photos ahead."""
     precision: Precision = "float32"
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""
+    features: Path | None = Path("runs/features")
+    """Cache of photos as a captioner's encoder saw them, shared with training; null keeps nothing."""
     quantize: Quantize = "none"
     """Hold a LLaVA's weights in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
     device: str = "auto"
@@ -160,7 +163,8 @@ def open_eye(cfg: Config) -> Eye:
         return LlavaEye(load_llava(cfg.model, cfg.prompt, device, torch_dtype(cfg.precision), cfg.quantize))
     captioner = load_captioner(find_checkpoint(cfg.checkpoint)).merge()
     captioner.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
-    return CaptionerEye(captioner.place(device, torch_dtype(cfg.precision)))
+    captioner.place(device, torch_dtype(cfg.precision))
+    return CaptionerEye(captioner, FeatureCache(captioner.encoder, cfg.features).see if cfg.features else None)
 
 
 def named_objects(
@@ -192,7 +196,7 @@ def captions_of(eye: Eye, photos: list[Photo], images: list[Image.Image], cfg: C
     if cfg.annotations:
         return [[eye.ids(text) for text in photo.captions] for photo in photos]
     seeds = [photo_seed(cfg.seed, photo.stem) for photo in photos]
-    return [[ids] for ids in eye.generate(images, cfg.decoding, seeds)]
+    return [[ids] for ids in eye.generate(photos, images, cfg.decoding, seeds)]
 
 
 def decoded(photos: list[Photo], cfg: Config, label: str) -> Iterator[list[tuple[Photo, Image.Image]]]:
@@ -231,7 +235,7 @@ def main(cfg: Config) -> None:
     table, grounded = GroundingTable(cfg.seed), {}  # photo -> captions, and what each names
     for batch in decoded(photos, cfg, "look"):
         captions = captions_of(eye, *map(list, zip(*batch)), cfg)
-        looks = iter(look_all(eye, [image for _, image in batch], captions))
+        looks = iter(look_all(eye, batch, captions))
         for (photo, image), own in zip(batch, captions):
             grid, masks = eye.grid(*image.size), masks_of(photo, image, instances) if instances else {}
             shape = (grid.rows, grid.columns)
@@ -269,11 +273,10 @@ def main(cfg: Config) -> None:
         raise NothingDone("nothing could be drawn or grounded")
 
 
-def look_all(eye: Eye, images: list[Image.Image], captions: list[list[list[int]]]) -> list[Look]:
+def look_all(eye: Eye, batch: list[tuple[Photo, Image.Image]], captions: list[list[list[int]]]) -> list[Look]:
     """The looks of each photo's captions, in order."""
-    return eye.look(
-        [image for image, own in zip(images, captions) for _ in own], [ids for own in captions for ids in own]
-    )
+    pairs = [(photo, image, ids) for (photo, image), own in zip(batch, captions) for ids in own]
+    return eye.look(*zip(*pairs)) if pairs else []
 
 
 def look_blindly(
@@ -285,7 +288,7 @@ def look_blindly(
         eye.forget()
         for batch in decoded(list(grounded), cfg, "random weights"):
             captions = [[ids for ids, _ in grounded[photo]] for photo, _ in batch]
-            looks = iter(look_all(eye, [image for _, image in batch], captions))
+            looks = iter(look_all(eye, batch, captions))
             for photo, image in batch:
                 grid = eye.grid(*image.size)
                 for _, named in grounded[photo]:

@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.measure import interleaved, report
 from common import pick_device, run, seed_everything
 from data.annotations import Photo
-from data.features import photo_features
+from data.features import FeatureCache
 from data.images import open_photo
 from demo import shapes
 from metrics.cider import cider, find_java, tokenize_lines
@@ -129,7 +129,7 @@ def time_photos(clip: Clip, cfg: Config) -> tuple[dict[str, float], bool]:
             return torch.cat([clip.model.encode_image(one, normalize=True) for one in pixels]).cpu()
 
         def cached() -> torch.Tensor:
-            features, *_ = photo_features(PhotoSide(clip), photos, folder / "cache", dtype=np.float32)
+            features, *_ = FeatureCache(PhotoSide(clip), folder / "cache", np.float32).find(photos)
             return features[range(len(photos))][:, 0]
 
         cached()  # the first run

@@ -8,12 +8,13 @@ encoder's weights, layer and transform.
 import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -71,60 +72,85 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def photo_features(
-    encoder, photos: Sequence[Photo], folder: Path, batch_size: int = 32, workers: int = 2, dtype: type = np.float16
-) -> tuple[Features | None, list[int], list[BadPhoto]]:
-    """Features of `photos`, taken from the cache in `folder` or added to it.
+class FeatureCache:
+    """The features that one encoder gives, kept in `folder`.
 
     `encoder` is a models.encoder.FrozenEncoder, or what has its fingerprint, transform, device, tokens and width.
-    Returns the features of the photos that could be decoded (None where none could), those photos' indices, and the
-    others' errors. Raises UserError where the folder cannot be written, or has no room for what is to be added.
     """
-    store = folder / encoder.fingerprint()
-    shape = (encoder.tokens, encoder.width)
-    row_bytes = np.dtype(dtype).itemsize * shape[0] * shape[1]
-    data, index = store / f"features.f{8 * np.dtype(dtype).itemsize}", store / "index.txt"
-    with _locked(store):
-        try:
-            keys = _read_index(index, data, row_bytes)
-        except OSError as error:
-            raise UserError(f"features: {error.filename} cannot be opened: {error.strerror}") from None
-        known = {key: row for row, key in enumerate(keys)}
-        hashes = [file_hash(photo.path) for photo in photos]
-        missing = {
-            key: photo for key, photo in zip(hashes, photos) if isinstance(key, str) and key not in known
-        }
-        needed, free = row_bytes * len(missing), shutil.disk_usage(store).free
-        if needed > free:
-            raise UserError(
-                f"features: {store} needs {needed / 1e9:.1f} GB for {len(missing)} photos, {free / 1e9:.1f} GB are free"
-            )
-        reasons: dict[str, str] = {}  # hash of a photo that cannot be decoded -> why
-        with data.open("ab") as features, index.open("a") as lines:
-            batches = _decoded_batches(missing, batch_size, workers, encoder.transform, reasons)
-            total = -(-len(missing) // batch_size)
-            for batch in tqdm(batches, total=total, desc="encode photos", disable=not missing):
-                pixels = torch.stack([pixels for _, pixels in batch]).to(encoder.device)
-                encoder(pixels).float().cpu().numpy().astype(dtype).tofile(features)
-                features.flush()
-                lines.writelines(f"{key}\n" for key, _ in batch)
-                lines.flush()
-                for key, _ in batch:
-                    known[key] = len(known)
-    good = [i for i, key in enumerate(hashes) if isinstance(key, str) and key in known]
-    bad = [
-        key if isinstance(key, BadPhoto) else BadPhoto(photo.path, reasons[key])
-        for key, photo in zip(hashes, photos)
-        if isinstance(key, BadPhoto) or key in reasons
-    ]
-    return Features(data, [known[hashes[i]] for i in good], shape, dtype) if good else None, good, bad
+
+    def __init__(self, encoder, folder: Path, dtype: type = np.float16):
+        self.encoder, self.dtype = encoder, dtype
+        self.store = folder / encoder.fingerprint()
+        self.shape = (encoder.tokens, encoder.width)
+        self.row_bytes = np.dtype(dtype).itemsize * encoder.tokens * encoder.width
+        self.data, self.index = self.store / f"features.f{8 * np.dtype(dtype).itemsize}", self.store / "index.txt"
+
+    def find(
+        self,
+        photos: Sequence[Photo],
+        images: Sequence[Image.Image] | None = None,
+        batch_size: int = 32,
+        workers: int = 2,
+    ) -> tuple[Features | None, list[int], list[BadPhoto]]:
+        """Features of `photos`, taken from the cache or added to it; `images`, where they are already decoded.
+
+        Returns the features of the photos that could be decoded (None where none could), those photos' indices, and
+        the others' errors. Raises UserError where the folder cannot be written, or has no room for what is added.
+        """
+        with _locked(self.store):
+            try:
+                keys = _read_index(self.index, self.data, self.row_bytes)
+            except OSError as error:
+                raise UserError(f"features: {error.filename} cannot be opened: {error.strerror}") from None
+            known = {key: row for row, key in enumerate(keys)}
+            hashes = [file_hash(photo.path) for photo in photos]
+            missing = {
+                key: i for i, key in enumerate(hashes) if isinstance(key, str) and key not in known
+            }
+            needed, free = self.row_bytes * len(missing), shutil.disk_usage(self.store).free
+            if needed > free:
+                raise UserError(
+                    f"features: {self.store} needs {needed / 1e9:.1f} GB for {len(missing)} photos, "
+                    f"{free / 1e9:.1f} GB are free"
+                )
+            if images is None:
+                decoded = (image for _, image in load_photos([photos[i] for i in missing.values()], workers))
+            else:
+                decoded = (images[i] for i in missing.values())
+            reasons: dict[str, str] = {}  # hash of a photo that cannot be decoded -> why
+            with self.data.open("ab") as features, self.index.open("a") as lines:
+                batches = _batches(missing, decoded, batch_size, self.encoder.transform, reasons)
+                total = -(-len(missing) // batch_size)
+                for batch in tqdm(batches, total=total, desc="encode photos", disable=total < 2):
+                    pixels = torch.stack([pixels for _, pixels in batch]).to(self.encoder.device)
+                    self.encoder(pixels).float().cpu().numpy().astype(self.dtype).tofile(features)
+                    features.flush()
+                    lines.writelines(f"{key}\n" for key, _ in batch)
+                    lines.flush()
+                    for key, _ in batch:
+                        known[key] = len(known)
+        good = [i for i, key in enumerate(hashes) if isinstance(key, str) and key in known]
+        bad = [
+            key if isinstance(key, BadPhoto) else BadPhoto(photo.path, reasons[key])
+            for key, photo in zip(hashes, photos)
+            if isinstance(key, BadPhoto) or key in reasons
+        ]
+        rows = [known[hashes[i]] for i in good]
+        return Features(self.data, rows, self.shape, self.dtype) if good else None, good, bad
+
+    def see(self, photos: Sequence[Photo], images: Sequence[Image.Image]) -> Tensor:
+        """B photos, already decoded -> (B, P, D)."""
+        features, good, bad = self.find(photos, images, batch_size=len(photos))
+        if bad:
+            raise UserError(f"photo {bad[0]}")  # it was there a moment ago
+        return features[good]
 
 
-def _decoded_batches(
-    missing: dict[str, Photo], batch_size: int, workers: int, transform, reasons: dict[str, str]
+def _batches(
+    keys: Iterable[str], decoded: Iterable[Image.Image | BadPhoto], batch_size: int, transform, reasons: dict[str, str]
 ) -> Iterator[list[tuple[str, Tensor]]]:
     batch: list[tuple[str, Tensor]] = []
-    for key, (_, image) in zip(missing, load_photos(missing.values(), workers)):
+    for key, image in zip(keys, decoded):
         if isinstance(image, BadPhoto):
             reasons[key] = image.reason
             continue

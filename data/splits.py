@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common import UserError, check
 from data.annotations import Photo, find_data, names_splits, read_annotations
-from data.features import Features, photo_features
+from data.features import FeatureCache, Features
 
 
 @dataclass
@@ -50,7 +50,7 @@ def prepare_split(captioner, photos: list[Photo], cache: Path, skip_bad_photos: 
     """
     ids = captioner.tokenizer([c for photo in photos for c in photo.captions], add_special_tokens=False).input_ids
     captioner.check_room(max(map(len, ids)), "annotations")
-    features, good, bad = photo_features(captioner.encoder, photos, cache)
+    features, good, bad = FeatureCache(captioner.encoder, cache).find(photos)
     if features is None:
         raise UserError(f"images: none of {len(photos)} photos could be decoded, such as {bad[0]}")
     if bad and not skip_bad_photos:

@@ -6,7 +6,7 @@ columns, averaged over heads. `output_attentions=True` keeps every row and colum
 attention, which changes captions. The row that predicts token t is that of token t - 1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -199,9 +199,13 @@ def forget(module: nn.Module) -> None:
 
 
 class CaptionerEye:
-    """Our captioner as P3 uses a model. Its LoRA should be merged."""
+    """Our captioner as P3 uses a model. Its LoRA should be merged.
 
-    def __init__(self, captioner: Captioner):
+    `see` gives the features of photos and their decoded images, in place of `captioner.see`.
+    """
+
+    def __init__(self, captioner: Captioner, see: Callable[[Sequence, Sequence[Image.Image]], Tensor] | None = None):
+        self.see = see or captioner.see
         self.captioner, self.tokenizer, self.text = captioner.eval(), captioner.tokenizer, captioner.text
 
     def grid(self, width: int, height: int) -> PatchGrid:
@@ -212,20 +216,23 @@ class CaptionerEye:
         """Raise a UserError where captions of so many tokens do not fit."""
         self.captioner.check_room(tokens, "annotations")
 
-    def generate(self, images: Sequence[Image.Image], decoding: Decoding, seeds: Sequence[int]) -> list[list[int]]:
+    def generate(
+        self, photos: Sequence, images: Sequence[Image.Image], decoding: Decoding, seeds: Sequence[int]
+    ) -> list[list[int]]:
         """Captions as token ids without EOS."""
-        return self.captioner.generate(self.captioner.features(images), decoding, seeds)
+        return self.captioner.generate(self.see(photos, images), decoding, seeds)
 
     def ids(self, text: str) -> list[int]:
         """A caption's token ids, as in training."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def look(self, images: Sequence[Image.Image], captions: Sequence[Sequence[int]]) -> list[Look]:
-        return look_captioner(self.captioner, self.captioner.features(images), captions)
+    def look(self, photos: Sequence, images: Sequence[Image.Image], captions: Sequence[Sequence[int]]) -> list[Look]:
+        return look_captioner(self.captioner, self.see(photos, images), captions)
 
     def forget(self) -> None:
         """Let all weights be random."""
         forget(self.captioner)
+        self.see = self.captioner.see
 
 
 class LlavaEye:
@@ -251,7 +258,9 @@ class LlavaEye:
         """Where the patches lie on a photo of so many pixels."""
         return PatchGrid(self.side, self.side, self.transform.seen_box(width, height))
 
-    def generate(self, images: Sequence[Image.Image], decoding: Decoding, seeds: Sequence[int]) -> list[list[int]]:
+    def generate(
+        self, photos: Sequence, images: Sequence[Image.Image], decoding: Decoding, seeds: Sequence[int]
+    ) -> list[list[int]]:
         """Captions as token ids without EOS."""
         return self.llava.generate(images, {"": decoding}, {"": seeds})[""]
 
@@ -259,7 +268,7 @@ class LlavaEye:
         """A caption's token ids; what is written like a special token stays text."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
-    def look(self, images: Sequence[Image.Image], captions: Sequence[Sequence[int]]) -> list[Look]:
+    def look(self, photos: Sequence, images: Sequence[Image.Image], captions: Sequence[Sequence[int]]) -> list[Look]:
         return look_llava(self.llava, images, captions)
 
     def forget(self) -> None:

@@ -38,7 +38,8 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, P, D_image) -> (B, P, D_text)"""
-        features = features.to(next(self.layers.parameters()).dtype)  # features are cached in half precision
+        weight = next(self.layers.parameters())
+        features = features.to(weight.device, weight.dtype)  # cached ones come from disk, in half precision
         if self.normalize:
             features = nn.functional.layer_norm(features, (self.width_image,))
         return self.layers(features)

@@ -129,9 +129,9 @@ def test_random_weights_have_forgotten(make_captioner, llava_folder):
         LlavaEye(load_llava(str(llava_folder), PROMPT, torch.device("cpu"), torch.float32)),
     ):
         image = [Image.effect_noise((64, 48), 80).convert("RGB")]
-        before = eye.look(image, [[6, 7]])[0]
+        before = eye.look([None], image, [[6, 7]])[0]
         eye.forget()
-        after = eye.look(image, [[6, 7]])[0]
+        after = eye.look([None], image, [[6, 7]])[0]
         assert np.isfinite(after.mean).all() and np.abs(after.lens - before.lens).max() > 0.01
 
 
@@ -145,7 +145,7 @@ def test_words_are_joined_and_tokens_are_not(make_captioner, llava_folder):
     ):
         text = "a red unheard-of box, a box . it's"
         ids = eye.ids(text)
-        look = eye.look([Image.new("RGB", (64, 64))], [ids])[0]
+        look = eye.look([None], [Image.new("RGB", (64, 64))], [ids])[0]
         words = split_units(look, eye.tokenizer)
         assert [word.text for word in words] == ["a", "red", "unheard", "-of", "box", ",", "a", "box", ".", "it's"]
         assert sorted(place for word in words for place in word.tokens) == list(range(len(ids)))

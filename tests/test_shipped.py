@@ -17,6 +17,7 @@ SHIPPED = Path("checkpoints/flickr8k")
 
 
 def caption(images: Path, output: Path, **settings) -> dict[str, str]:
+    settings = {"features": output.parent / "features"} | settings
     p2_inference.main(p2_inference.Config(SHIPPED, images, output, device="cpu", **settings))
     return read_predictions(output)
 

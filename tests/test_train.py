@@ -22,13 +22,13 @@ import p2_inference
 import p2_train
 from common import MetricsLog, UserError, parse_config
 from data.annotations import find_photos, read_annotations
-from data.batches import batch_tokens, epoch_batches
-from data.features import photo_features
+from data.batches import ahead, batch_tokens, epoch_batches
+from data.features import FeatureCache
 from data.images import open_photo
 from data.splits import prepare_split
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner
 from models.decoder import LoraConfig
-from models.encoder import build_encoder
+from models.encoder import FrozenEncoder, build_encoder
 from models.training import Stage
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -182,20 +182,34 @@ def test_an_epoch_visits_every_pair_once(per_row, bucket):
     assert len(orders) == 3
 
 
+def test_one_item_is_prepared_ahead_in_order():
+    begun = []
+
+    def prepare(item):
+        begun.append(item)
+        return 10 // item
+
+    for item, ready in zip((1, 2, 5), ahead(iter([1, 2, 5, 0, 7]), prepare)):
+        assert ready == 10 // item and begun[0] == 1 and len(begun) <= begun.index(item) + 2
+    with pytest.raises(ZeroDivisionError):
+        list(ahead([1, 0], prepare))
+    assert list(ahead([], prepare)) == []
+
+
 def test_features_are_encoded_once_and_survive_a_kill(captioner_config, data_root, tmp_path, monkeypatch):
     encoder = build_encoder(captioner_config().encoder)
     photos = find_photos(data_root / "images" / "train")
-    first, good, bad = photo_features(encoder, photos[:5], tmp_path, batch_size=2)
+    first, good, bad = FeatureCache(encoder, tmp_path).find(photos[:5], batch_size=2)
     assert (len(first), good, bad) == (5, [0, 1, 2, 3, 4], [])
     (store,) = tmp_path.iterdir()
     with (store / "features.f16").open("ab") as file:
         file.write(b"half a row")  # killed before its key was written
     with (store / "index.txt").open("a") as file:
         file.write("half a k")  # the disk was full
-    every, *_ = photo_features(encoder, photos[::-1], tmp_path, batch_size=2)
+    every, *_ = FeatureCache(encoder, tmp_path).find(photos[::-1], batch_size=2)
     (store / "extra").write_text("")  # the folder is not made anew
     monkeypatch.setattr(type(encoder), "forward", lambda *_: pytest.fail("encoded twice"))
-    again, *_ = photo_features(encoder, photos, tmp_path)
+    again, *_ = FeatureCache(encoder, tmp_path).find(photos)
     monkeypatch.undo()
     pixels = torch.stack([encoder.transform(open_photo(photo.path)) for photo in photos])
     expected = encoder(pixels).half()
@@ -341,12 +355,21 @@ def test_bf16_packed_run_captions_photos(config, data_root, tmp_path, monkeypatc
     (photos / "broken.jpg").write_bytes((data_root / "images/val/val0.png").read_bytes()[:60])
     (photos / "empty.png").touch()
     results = {}
-    for name, more in {"one": ["--batch_size", 1], "many": [], "bf16": ["--precision", "bf16"]}.items():
+    forms = {"one": ["--batch_size", 1, "--features", "null"], "many": [], "again": [], "bf16": ["--precision", "bf16"]}
+    encode, photos_seen, encoded = FrozenEncoder.forward, [], {}
+    monkeypatch.setattr(FrozenEncoder, "forward", lambda *args: photos_seen.append(len(args[1])) or encode(*args))
+    for name, more in forms.items():
         args = ["--checkpoint", cfg.output, "--images", photos, "--output", tmp_path / f"{name}.json", *more]
+        if "--features" not in more:
+            args += ["--features", tmp_path / "features"]
         assert run_script(p2_inference, monkeypatch, *args, "--device", "cpu") == 0
         results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        encoded[name] = sum(photos_seen)
+        photos_seen.clear()
+    # two blank ones, by which the shapes are known, and each photo once
+    assert encoded == {"one": 6, "many": 6, "again": 2, "bf16": 2}
     assert list(results["many"]) == ["val0", "val1", "val2", "val3"] == list(results["bf16"])
-    assert results["one"] == results["many"]
+    assert results["one"] == results["many"] == results["again"]
     meta = json.loads((tmp_path / "many.meta.json").read_text())
     assert meta["skipped"].keys() == {"broken.jpg", "empty.png"} and meta["skipped"]["empty.png"] == "empty file"
     assert meta["captioner"]["encoder"]["weights"] == cfg.encoder.weights

@@ -45,7 +45,7 @@ def scene(tmp_path, make_captioner) -> Path:
 
 
 def visualize(scene: Path, output: str = "out", **settings) -> Path:
-    settings = {"checkpoint": scene / "run"} | settings
+    settings = {"checkpoint": scene / "run", "features": scene / "features"} | settings
     p3_visualize.main(Config(scene / "photos", scene / output, device="cpu", batch_size=2, **settings))
     return scene / output
 
@@ -71,8 +71,8 @@ def test_a_folder_of_photos_gets_a_picture_each_and_a_page(scene, capsys):
     assert pixels.std() > 20 and pixels.shape[1] > 300
 
 
-def test_captions_and_pictures_do_not_heed_the_batch(scene):
-    visualize(scene, "pairs")
+def test_captions_and_pictures_heed_neither_the_batch_nor_the_cache(scene):
+    visualize(scene, "pairs", features=None)
     visualize(scene, "single", limit=1)
     first, second = read(scene, "pairs")["photos"][0], read(scene, "single")["photos"][0]
     assert first["caption"] == second["caption"] and first["words"] == second["words"]
