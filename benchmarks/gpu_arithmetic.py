@@ -1,0 +1,94 @@
+"""What a GPU would need at the least: operations and bytes of the matrix products, counted, against a card's limits.
+
+    python -m benchmarks.gpu_arithmetic
+    python -m benchmarks.gpu_arithmetic --tflops 312 --terabytes 1.6   # an A100 of 40 GB
+
+Nothing is timed: a floor is the longer of what the operations take at the card's full rate and what the bytes take at
+its full bandwidth, each product reading its operands and writing its result once. Real runs reach a half of that at
+best. Attention is counted as written out; fused attention moves fewer bytes.
+"""
+
+import json
+from dataclasses import dataclass
+
+import torch
+from jsonargparse.typing import PositiveFloat
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.measure import Products
+from benchmarks.p2_training import CAPTIONS, build, draw, our_step, plain_step
+from common import run
+from models.decoder import causal_lm
+from models.encoder import EncoderConfig, build_encoder
+from models.training import lighten
+
+PROMPT, IMAGE, PHOTOS = 40, 576, 8  # LLaVA-1.5's prompt without the image, its image tokens, photos a batch
+
+
+@dataclass(frozen=True)
+class Config:
+    tflops: PositiveFloat = 989.0
+    """Dense bf16 rate of the card, in 10^12 operations a second; the default is an H100's."""
+    terabytes: PositiveFloat = 3.35
+    """Bandwidth of its memory, in 10^12 bytes a second."""
+
+
+def encoder() -> Products:
+    vit = build_encoder(EncoderConfig(), load_weights=False).to(torch.bfloat16)
+    pixels = torch.zeros(1, 3, 224, 224, device="meta", dtype=torch.bfloat16)
+    with Products() as products, sdpa_kernel(SDPBackend.MATH):
+        vit(pixels)
+    return products
+
+
+def step(ours: bool) -> Products:
+    captioner = build("gpt2", torch.device("cpu"))
+    features, captions = draw("gpt2", 1, torch.device("cpu"))
+    if ours:
+        lighten(captioner, torch.bfloat16)
+    causal_lm(captioner.decoder).set_attn_implementation("eager")
+    with Products() as products:
+        if ours:
+            our_step(captioner, features, captions)
+        else:
+            plain_step(captioner, features.repeat_interleave(CAPTIONS, dim=0), captions)
+    return products
+
+
+@torch.no_grad()
+def llava(tokens: int, past: int = 0) -> Products:
+    """LLaVA-1.5-7B's language model over so many new tokens of each photo of a batch, and its word of the last one."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=32064)  # the library's default is Llama 7B
+    with torch.device("meta"):
+        lm = LlamaForCausalLM(config).to(torch.bfloat16)
+        lm.set_attn_implementation("eager")
+        cache = DynamicCache(config=config)
+        shape = PHOTOS, config.num_key_value_heads, past, config.hidden_size // config.num_attention_heads
+        for layer in range(config.num_hidden_layers if past else 0):
+            cache.update(*(torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2)), layer)
+        words = torch.zeros(PHOTOS, tokens, config.hidden_size, dtype=torch.bfloat16)
+        with Products() as products:
+            lm(inputs_embeds=words, past_key_values=cache, logits_to_keep=1)
+    return products
+
+
+def main(cfg: Config) -> None:
+    jobs = {
+        "ViT-L/14, one photo": encoder(),
+        f"plain step, GPT-2 r=32, a photo's {CAPTIONS} captions, float32": step(ours=False),
+        f"our step, GPT-2 r=32, a photo's {CAPTIONS} captions, bf16": step(ours=True),
+        f"LLaVA-1.5-7B, prefill of {PHOTOS} photos": llava(PROMPT + IMAGE),
+        f"LLaVA-1.5-7B, a word more of {PHOTOS} photos": llava(1, PROMPT + IMAGE),
+    }
+    print(f"{'':66}{'GFLOP':>10}{'GB':>8}{'floor, ms':>11}")
+    floors = {}
+    for name, products in jobs.items():
+        floors[name] = 1e3 * max(products.flops / cfg.tflops, products.bytes / cfg.terabytes) / 1e12
+        print(f"{name:66}{products.flops / 1e9:>10,.0f}{products.bytes / 1e9:>8.2f}{floors[name]:>11.3f}")
+    print(json.dumps({"floor_ms": floors}))
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,130 @@
+"""P2's inference against plain scripts: 20 words a photo from GPT-2 small behind 257 image tokens.
+
+    python -m benchmarks.p2_inference
+
+Plain: one photo at a time, the whole sequence read anew for each word (no cache of keys and values), LoRA beside the
+weights. `generate`: the same model by transformers' own loop, with its cache, one photo at a time. Both float32. Ours:
+what `p2_inference.py --precision bf16` runs, LoRA merged, photos in batches; in float32 its words are held against
+plain's. Random weights of the real shape, features at hand: no form encodes photos.
+"""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jsonargparse.typing import PositiveInt
+from torch import Tensor, nn
+
+from benchmarks.measure import interleaved, peak_memory, report
+from benchmarks.p2_training import EOS, build, draw
+from common import pick_device, run
+from models.captioner import Captioner, Decoding
+
+WORDS = Decoding(max_new_tokens=20)
+
+
+@dataclass(frozen=True)
+class Config:
+    photos: PositiveInt = 64
+    """Photos that ours captions, in one batch."""
+    plain_photos: PositiveInt = 8
+    """The first so many of them, captioned by the plain forms; times are compared a photo."""
+    rounds: PositiveInt = 3
+    """Rounds; medians are taken over them."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+def confident(device: torch.device) -> Captioner:
+    """GPT-2's shape with random weights so large that captions differ by photo."""
+    captioner = build("gpt2", device).eval()
+    nn.init.normal_(captioner.projector.layers.weight, std=0.3)
+    for name, weight in captioner.decoder.named_parameters():
+        if name.endswith(("c_attn.base_layer.weight", "c_proj.base_layer.weight", "c_fc.base_layer.weight")):
+            nn.init.normal_(weight, std=0.1)
+    return captioner
+
+
+def first_words(captioner: Captioner, photo: Tensor) -> Tensor:
+    """(P, D_image) -> (1, P + 1, D_text): the image and EOS, as embeddings."""
+    start = captioner.decoder.get_input_embeddings()(torch.tensor([[EOS]], device=photo.device))
+    return torch.cat([captioner.projector(photo[None]), start], dim=1)
+
+
+def plain(captioner: Captioner, features: Tensor) -> list[list[int]]:
+    captions = []
+    for photo in features:
+        inputs, caption = first_words(captioner, photo), []
+        for _ in range(WORDS.max_new_tokens):
+            word = captioner.decoder(inputs_embeds=inputs, use_cache=False).logits[:, -1].argmax(dim=-1)
+            caption.append(word.item())
+            inputs = torch.cat([inputs, captioner.decoder.get_input_embeddings()(word[None])], dim=1)
+        captions.append(caption)
+    return captions
+
+
+def by_generate(captioner: Captioner, features: Tensor) -> list[list[int]]:
+    captions = []
+    for photo in features:
+        inputs = first_words(captioner, photo)
+        mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+        ids = captioner.decoder.generate(
+            inputs_embeds=inputs, attention_mask=mask, max_new_tokens=WORDS.max_new_tokens, do_sample=False,
+            eos_token_id=EOS, pad_token_id=EOS,
+        )  # fmt: skip
+        captions.append(ids[0].tolist())
+    return captions
+
+
+def ours(captioner: Captioner, features: Tensor) -> list[list[int]]:
+    return captioner.generate(features, WORDS)
+
+
+FORMS = {"plain": plain, "generate": by_generate, "ours float32": ours, "ours bf16": ours}
+
+
+def one_form(form: str, photos: int, device: torch.device) -> partial:
+    """A form ready to caption so many photos, for its memory."""
+    captioner = confident(device)
+    if form.startswith("ours"):
+        captioner.merge().place(device, torch.bfloat16 if form.endswith("bf16") else torch.float32)
+    return partial(torch.inference_mode()(FORMS[form]), captioner, draw("gpt2", photos, device)[0])
+
+
+@torch.inference_mode()
+def main(cfg: Config) -> None:
+    device = pick_device(cfg.device)
+    sizes = {"plain": 1, "generate": 1, "ours bf16": cfg.photos}
+    memory = {form: peak_memory(one_form, form, photos, device) for form, photos in sizes.items()}
+
+    features, _ = draw("gpt2", cfg.photos, device)
+    few = features[: cfg.plain_photos]
+    unmerged = confident(device)
+    float32 = copy.deepcopy(unmerged).merge()
+    bf16 = copy.deepcopy(float32).place(device, torch.bfloat16)
+    given = {"plain": (unmerged, few), "generate": (unmerged, few)}
+    given |= {"ours float32": (float32, features), "ours bf16": (bf16, features)}
+    forms = {form: partial(FORMS[form], *arguments) for form, arguments in given.items()}
+    seconds, captions = interleaved(forms, cfg.rounds)
+    per_photo = {form: seconds[form] / len(captions[form]) for form in forms}
+    expected = captions["plain"]
+    same = sum(a == b for one, other in zip(expected, captions["ours bf16"]) for a, b in zip(one, other))
+    print(f"distinct captions: {len(set(map(tuple, captions['ours bf16'])))} of {cfg.photos}")
+    report(
+        f"captioning, {WORDS.max_new_tokens} words a photo, seconds a photo",
+        per_photo,
+        speedup_vs_plain=per_photo["plain"] / per_photo["ours bf16"],
+        speedup_vs_generate=per_photo["generate"] / per_photo["ours bf16"],
+        float32_speedup_vs_plain=per_photo["plain"] / per_photo["ours float32"],
+        float32_speedup_vs_generate=per_photo["generate"] / per_photo["ours float32"],
+        bf16_words_equal=same / sum(map(len, expected)),
+        peak_memory_plain_mb=memory["plain"] / 1e6,
+        peak_memory_ours_mb_a_photo=memory["ours bf16"] / 1e6 / cfg.photos,
+        agree=expected == captions["generate"] == captions["ours float32"][: len(few)]
+        and all(len(caption) == WORDS.max_new_tokens for own in captions.values() for caption in own),
+    )
+
+
+if __name__ == "__main__":
+    run(main, Config)
