@@ -41,8 +41,8 @@ class Config:
     """Photos captioned at a time."""
     workers: NonNegativeInt = 2
     """Threads that decode photos ahead."""
-    features: Path | None = Path("runs/features")
-    """Cache of encoded photos, shared with training; null keeps nothing."""
+    features: Path = Path("runs/features")
+    """Cache of encoded photos that training left; what is in it need not be encoded, nothing is added."""
     precision: Precision = "float32"
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""
     device: str = "auto"
@@ -63,7 +63,7 @@ def main(cfg: Config) -> None:
     captioner = load_captioner(folder).merge()
     captioner.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
     captioner.place(device, torch_dtype(cfg.precision))
-    see = FeatureCache(captioner.encoder, cfg.features).see if cfg.features else captioner.see
+    see = FeatureCache(captioner.encoder, cfg.features).see
 
     def caption(own: list[Photo], images: list[Image.Image]) -> dict[str, list[str]]:
         seeds = [photo_seed(cfg.seed, photo.stem) for photo in own]

@@ -37,7 +37,8 @@ from common import (
     torch_dtype,
     written_whole,
 )
-from data.batches import Row, ahead, batch_tokens, epoch_batches
+from data.ahead import ahead
+from data.batches import Row, batch_tokens, epoch_batches
 from data.splits import Split, prepare_split, read_splits
 from metrics.cider import cider, find_java
 from models.captioner import Captioner, CaptionerConfig, Rows, build_captioner, pack_rows
@@ -213,7 +214,7 @@ class Trainer:
     def loss(self, model, features: Tensor, rows: Rows) -> Tensor:
         """Sum of the losses of a batch's supervised tokens."""
         device = self.accelerator.device
-        return model(features.to(device, non_blocking=True), rows.to(device))[0]
+        return model(features.to(device, non_blocking=features.is_pinned()), rows.to(device))[0]
 
     def ready(self, step: tuple[list[list[Row]], int]) -> tuple[list[list[Row]], int, list[tuple[Tensor, Rows]]]:
         """An optimizer step, and the inputs of its batches."""
@@ -374,8 +375,7 @@ def main(cfg: Config) -> None:
     if state:
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
-    captioner.decoder.to(accelerator.device)
-    lighten(captioner, torch_dtype(cfg.precision))
+    lighten(captioner, torch_dtype(cfg.precision), device)
     if cfg.compile:
         compile_layers(captioner)
 

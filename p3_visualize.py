@@ -95,8 +95,8 @@ class Config:
     """Threads that decode photos ahead."""
     precision: Precision = "float32"
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""
-    features: Path | None = Path("runs/features")
-    """Cache of photos as a captioner's encoder saw them, shared with training; null keeps nothing."""
+    features: Path = Path("runs/features")
+    """Cache of encoded photos that training left; a captioner need not encode what is in it, nothing is added."""
     quantize: Quantize = "none"
     """Hold a LLaVA's weights in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
     device: str = "auto"
@@ -164,7 +164,7 @@ def open_eye(cfg: Config) -> Eye:
     captioner = load_captioner(find_checkpoint(cfg.checkpoint)).merge()
     captioner.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
     captioner.place(device, torch_dtype(cfg.precision))
-    return CaptionerEye(captioner, FeatureCache(captioner.encoder, cfg.features).see if cfg.features else None)
+    return CaptionerEye(captioner, FeatureCache(captioner.encoder, cfg.features).see)
 
 
 def named_objects(

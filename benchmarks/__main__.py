@@ -5,6 +5,7 @@
 Nothing else should run on the machine meanwhile.
 """
 
+import json
 import os
 import platform
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from common import library_versions, run, written_whole
+from common import UserError, check_output, library_versions, run, written_whole
 
 NAMES = ("p1_captioning", "p2_training", "p2_inference", "p3_attention", "scoring", "gpu_arithmetic")
 
@@ -41,19 +42,20 @@ def machine() -> str:
 
 
 def output_of(name: str) -> str:
-    """What the benchmark prints, shown as it comes. Raises CalledProcessError where it fails."""
+    """What the benchmark prints, shown as it comes. Raises UserError where it fails, or its results do not agree."""
     command = [sys.executable, "-m", f"benchmarks.{name}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         lines = []
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+    if process.returncode or not json.loads(lines[-1]).get("agree", True):
+        raise UserError(f"{name}: " + ("failed" if process.returncode else "both ways gave different results"))
     return "".join(lines)
 
 
 def main(cfg: Config) -> None:
+    check_output(cfg.output, overwrite=True)
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     parts = [
         "# What the benchmarks found\n\nWritten by `make bench`.\n",

@@ -3,19 +3,32 @@
 A benchmark prints a table for the reader and, as its last line, one JSON object.
 """
 
+import ctypes
 import json
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.addmm_.default, aten.bmm.default, aten.baddbmm.default}
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What a benchmark can be told; the sizes of its jobs are constants in its file."""
+
+    rounds: PositiveInt = 3
+    """Rounds; medians are taken over them."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
 
 
 def interleaved(forms: dict[str, Callable[[], Any]], rounds: int = 3) -> tuple[dict[str, float], dict[str, Any]]:
@@ -26,8 +39,8 @@ def interleaved(forms: dict[str, Callable[[], Any]], rounds: int = 3) -> tuple[d
         for name, form in forms.items():
             start = time.perf_counter()
             result = form()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             seconds[name].append(time.perf_counter() - start)
             results.setdefault(name, result)
             print(f"round {number + 1}: {name} {seconds[name][-1]:.3f} s", flush=True)
@@ -41,7 +54,7 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *args) -> float:
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_peak, args=(sender, prepare, args))
+    child = context.Process(target=_measure_peak, args=(sender, prepare, args), daemon=True)
     child.start()
     sender.close()
     try:
@@ -61,6 +74,7 @@ def _measure_peak(sender, prepare: Callable[..., Callable[[], Any]], args: tuple
         form()
         sender.send(torch.cuda.max_memory_allocated() - before)
         return
+    ctypes.CDLL(None).malloc_trim(0)  # what `prepare` freed must not hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark falls to what is held now
     before = _status("VmRSS")
     form()
@@ -76,6 +90,7 @@ def _status(key: str) -> int:
 class Products(TorchDispatchMode):
     """Counts the floating point operations of all matrix products inside, and the bytes that they read and write.
 
+    Fused attention (sdpa) and convolutions are not among them.
     With `keep` they can be called again by `replay`, with the very tensors that they were called with.
     """
 
@@ -88,7 +103,7 @@ class Products(TorchDispatchMode):
         if func in PRODUCTS:
             self.count += 1
             self.flops += 2 * out.numel() * args[-2].shape[-1]
-            self.bytes += sum(one.numel() * one.element_size() for one in (*args[-2:], out))
+            self.bytes += sum(one.numel() * one.element_size() for one in (*args, out))
             if self.keep:
                 self.calls.append((func, args, kwargs or {}))
         return out
@@ -105,5 +120,5 @@ def report(title: str, seconds: dict[str, float], **figures: float | bool) -> No
     for name, value in seconds.items():
         print(f"  {name + ', seconds':40}{value:>12.4g}")
     for name, value in figures.items():
-        print(f"  {name:40}{value if isinstance(value, bool) else format(value, '.4g'):>12}")
+        print(f"  {name:40}{str(value) if isinstance(value, bool) else format(value, '.4g'):>12}")
     print(json.dumps(figures | {"seconds": seconds}))

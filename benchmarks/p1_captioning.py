@@ -8,13 +8,10 @@ geometry (336 px, 576 image tokens, 50 new tokens), of layers narrow enough for 
 samplers, so that all captions can be held against each other. float32.
 """
 
-from dataclasses import dataclass
-
 import torch
-from jsonargparse.typing import PositiveInt
 from PIL import Image
 
-from benchmarks.measure import interleaved, report
+from benchmarks.measure import Rounds, interleaved, report
 from common import pick_device, run, seed_everything
 from demo.standins import build_llava, llava_processor, train_llava_tokenizer
 from models.llava import PRESETS, PROMPT, Llava
@@ -23,18 +20,7 @@ from models.sampling import generation_config, photo_seed, samplers
 VISION = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
 VISION |= {"image_size": 336, "patch_size": 14}
 TEXT = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
-
-
-@dataclass(frozen=True)
-class Config:
-    photos: PositiveInt = 24
-    """Photos, of random pixels."""
-    batch_size: PositiveInt = 8
-    """Photos that ours takes at a time."""
-    rounds: PositiveInt = 3
-    """Rounds; medians are taken over them."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+PHOTOS, BATCH = 24, 8  # photos of random pixels, and how many ours takes at a time
 
 
 def build(device: torch.device) -> Llava:
@@ -47,13 +33,13 @@ def build(device: torch.device) -> Llava:
 
 
 @torch.inference_mode()
-def main(cfg: Config) -> None:
+def main(cfg: Rounds) -> None:
     seed_everything(0)
     llava = build(pick_device(cfg.device))
     draw = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (cfg.photos, 6, 8, 3), generator=draw, dtype=torch.uint8)
+    pixels = torch.randint(256, (PHOTOS, 6, 8, 3), generator=draw, dtype=torch.uint8)
     images = [Image.fromarray(photo.numpy()).resize((640, 480)) for photo in pixels]
-    seeds = {name: [photo_seed(name, photo) for photo in range(cfg.photos)] for name in PRESETS}
+    seeds = {name: [photo_seed(name, photo) for photo in range(PHOTOS)] for name in PRESETS}
     model, processor = llava.model, llava.processor
     eos, pad = model.generation_config.eos_token_id, processor.tokenizer.pad_token_id
 
@@ -75,8 +61,8 @@ def main(cfg: Config) -> None:
 
     def ours() -> dict[str, list[str]]:
         captions = {name: [] for name in PRESETS}
-        for start in range(0, cfg.photos, cfg.batch_size):
-            own = slice(start, start + cfg.batch_size)
+        for start in range(0, PHOTOS, BATCH):
+            own = slice(start, start + BATCH)
             batch = llava.caption(images[own], PRESETS, {name: seeds[name][own] for name in PRESETS})
             for name, texts in batch.items():
                 captions[name] += texts
@@ -84,10 +70,10 @@ def main(cfg: Config) -> None:
 
     seconds, captions = interleaved({"plain": plain, "ours": ours}, cfg.rounds)
     distinct = {text for texts in captions["plain"].values() for text in texts}
-    agree = captions["plain"] == captions["ours"] and len(distinct) > cfg.photos
-    title = f"LLaVA, {cfg.photos} photos, {len(PRESETS)} decodings"
+    agree = captions["plain"] == captions["ours"] and len(distinct) > PHOTOS
+    title = f"LLaVA, {PHOTOS} photos, {len(PRESETS)} decodings"
     report(title, seconds, speedup_vs_plain=seconds["plain"] / seconds["ours"], agree=agree)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, Rounds)

@@ -7,40 +7,24 @@ random weights, in float32. Kept is what is left in memory when the pass is over
 those of eager attention.
 """
 
-from dataclasses import dataclass
-
 import torch
-from jsonargparse.typing import PositiveInt
 
-from benchmarks.measure import interleaved, report
+from benchmarks.measure import Rounds, interleaved, report
 from common import pick_device, run, seed_everything
 from models.probe import probing
 
 TOKENS, IMAGE, CAPTION, FIRST = 616, 576, 20, 10  # the image's tokens begin behind a few of the prompt's
-
-
-@dataclass(frozen=True)
-class Config:
-    layers: PositiveInt = 32
-    """Layers of the language model."""
-    heads: PositiveInt = 32
-    """Heads of each."""
-    width: PositiveInt = 1024
-    """Width of the model; LLaVA-1.5-7B's is 4096."""
-    rounds: PositiveInt = 5
-    """Rounds; medians are taken over them."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+LAYERS, HEADS, WIDTH = 32, 32, 1024  # LLaVA-1.5-7B's width is 4096
 
 
 @torch.inference_mode()
-def main(cfg: Config) -> None:
+def main(cfg: Rounds) -> None:
     from transformers import LlamaConfig, LlamaModel
 
     seed_everything(0)
     device = pick_device(cfg.device)
-    shape = {"hidden_size": cfg.width, "intermediate_size": 2 * cfg.width, "num_hidden_layers": cfg.layers}
-    model = LlamaModel(LlamaConfig(vocab_size=100, num_attention_heads=cfg.heads, **shape)).eval().to(device)
+    shape = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS}
+    model = LlamaModel(LlamaConfig(vocab_size=100, num_attention_heads=HEADS, **shape)).eval().to(device)
     ids = torch.randint(100, (1, TOKENS), device=device)
     rows = torch.arange(TOKENS - CAPTION, TOKENS, device=device)[None]
     columns = torch.arange(FIRST, FIRST + IMAGE, device=device)[None]
@@ -65,7 +49,7 @@ def main(cfg: Config) -> None:
     seconds, results = interleaved({"sdpa": sdpa, "probe": probe, "output_attentions": eager}, cfg.rounds)
     (maps, kept), (expected, kept_eager) = results["probe"], results["output_attentions"]
     report(
-        f"{TOKENS} tokens, {cfg.layers} layers of {cfg.heads} heads",
+        f"{TOKENS} tokens, {LAYERS} layers of {HEADS} heads",
         seconds,
         kept_ratio=kept_eager / kept,
         time_ratio=seconds["probe"] / seconds["sdpa"],
@@ -77,4 +61,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, Rounds)

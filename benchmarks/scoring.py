@@ -11,15 +11,13 @@ for every run. Random weights of the real ViT-B/32, float32.
 
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse.typing import PositiveInt
 from PIL import Image
 
-from benchmarks.measure import interleaved, report
+from benchmarks.measure import Rounds, interleaved, report
 from common import pick_device, run, seed_everything
 from data.annotations import Photo
 from data.features import FeatureCache
@@ -28,19 +26,7 @@ from demo import shapes
 from metrics.cider import cider, find_java, tokenize_lines
 from metrics.clipscore import Clip, PhotoSide, encode_captions, tokenize
 
-
-@dataclass(frozen=True)
-class Config:
-    photos: PositiveInt = 1000
-    """Photos of CIDEr."""
-    texts: PositiveInt = 128
-    """Captions that CLIP encodes."""
-    seen: PositiveInt = 200
-    """Photos that CLIP encodes, or finds in its cache."""
-    rounds: PositiveInt = 3
-    """Rounds; medians are taken over them."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+PHOTOS, TEXTS, SEEN = 1000, 128, 200  # photos of CIDEr, captions that CLIP encodes, photos that it encodes or finds
 
 
 def corpus(count: int) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -74,8 +60,8 @@ def official_cider(references: dict[str, list[str]], captions: dict[str, str], f
     return dict(zip(captions, scorers[3].compute_score(gold, hypotheses)[1].tolist()))
 
 
-def time_cider(cfg: Config) -> tuple[dict[str, float], bool]:
-    references, captions = corpus(cfg.photos)
+def time_cider(cfg: Rounds) -> tuple[dict[str, float], bool]:
+    references, captions = corpus(PHOTOS)
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
@@ -101,8 +87,8 @@ def random_clip(device: torch.device) -> Clip:
     return Clip("random", model.eval(), transform, open_clip.get_tokenizer("ViT-B-32-quickgelu"), device)
 
 
-def time_texts(clip: Clip, cfg: Config) -> tuple[dict[str, float], bool]:
-    captions = list(corpus(cfg.texts)[1].values())
+def time_texts(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
+    captions = list(corpus(TEXTS)[1].values())
 
     @torch.inference_mode()
     def plain() -> torch.Tensor:
@@ -114,11 +100,11 @@ def time_texts(clip: Clip, cfg: Config) -> tuple[dict[str, float], bool]:
     return seconds, torch.allclose(vectors["clip_text"], vectors["clip_text_plain"], atol=1e-5)
 
 
-def time_photos(clip: Clip, cfg: Config) -> tuple[dict[str, float], bool]:
+def time_photos(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
     draw = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for number in range(cfg.seen):
+        for number in range(SEEN):
             pixels = torch.randint(256, (12, 16, 3), generator=draw, dtype=torch.uint8).numpy()
             Image.fromarray(pixels).resize((640, 480)).save(folder / f"{number:03}.jpg")
         photos = [Photo(path.stem, path) for path in sorted(folder.glob("*.jpg"))]
@@ -137,7 +123,7 @@ def time_photos(clip: Clip, cfg: Config) -> tuple[dict[str, float], bool]:
     return seconds, torch.allclose(vectors["clip_photos"], vectors["clip_photos_plain"], atol=1e-5)
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Rounds) -> None:
     seed_everything(0)
     clip = random_clip(pick_device(cfg.device))
     seconds, agree = {}, True
@@ -145,7 +131,7 @@ def main(cfg: Config) -> None:
         more, same = part()
         seconds, agree = seconds | more, agree and same
     report(
-        f"Scoring: CIDEr of {cfg.photos} photos, {cfg.texts} captions and {cfg.seen} photos by CLIP",
+        f"Scoring: CIDEr of {PHOTOS} photos, {TEXTS} captions and {SEEN} photos by CLIP",
         seconds,
         cider_speedup=seconds["cider_plain"] / seconds["cider"],
         clip_text_speedup=seconds["clip_text_plain"] / seconds["clip_text"],
@@ -155,4 +141,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, Rounds)

@@ -1,13 +1,10 @@
 """Which captions go together: rows of one photo's captions, batches of rows, an epoch's order."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Sequence
 
 Caption = list[int]  # token ids
 Row = tuple[int, list[Caption]]  # (index of the photo, captions that share its prefix)
-Item, Ready = TypeVar("Item"), TypeVar("Ready")
 
 
 def epoch_batches(
@@ -49,16 +46,3 @@ def row_tokens(row: Row) -> int:
 def batch_tokens(batch: Sequence[Row]) -> int:
     """Supervised tokens of a batch."""
     return sum(map(row_tokens, batch))
-
-
-def ahead(items: Iterable[Item], prepare: Callable[[Item], Ready]) -> Iterator[Ready]:
-    """`prepare(item)` for each item in turn; a thread prepares the next one while this one is used."""
-    with ThreadPoolExecutor(1) as thread:
-        ready = None
-        for item in items:
-            coming = thread.submit(prepare, item)
-            if ready:
-                yield ready.result()
-            ready = coming
-        if ready:
-            yield ready.result()

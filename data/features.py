@@ -8,8 +8,9 @@ encoder's weights, layer and transform.
 import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -65,10 +66,10 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise UserError(f"features: {folder} cannot be written: {error.strerror}") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -86,13 +87,9 @@ class FeatureCache:
         self.data, self.index = self.store / f"features.f{8 * np.dtype(dtype).itemsize}", self.store / "index.txt"
 
     def find(
-        self,
-        photos: Sequence[Photo],
-        images: Sequence[Image.Image] | None = None,
-        batch_size: int = 32,
-        workers: int = 2,
+        self, photos: Sequence[Photo], batch_size: int = 32, workers: int = 2
     ) -> tuple[Features | None, list[int], list[BadPhoto]]:
-        """Features of `photos`, taken from the cache or added to it; `images`, where they are already decoded.
+        """Features of `photos`, taken from the cache or added to it.
 
         Returns the features of the photos that could be decoded (None where none could), those photos' indices, and
         the others' errors. Raises UserError where the folder cannot be written, or has no room for what is added.
@@ -104,24 +101,18 @@ class FeatureCache:
                 raise UserError(f"features: {error.filename} cannot be opened: {error.strerror}") from None
             known = {key: row for row, key in enumerate(keys)}
             hashes = [file_hash(photo.path) for photo in photos]
-            missing = {
-                key: i for i, key in enumerate(hashes) if isinstance(key, str) and key not in known
-            }
+            missing = {key: photo for key, photo in zip(hashes, photos) if isinstance(key, str) and key not in known}
             needed, free = self.row_bytes * len(missing), shutil.disk_usage(self.store).free
             if needed > free:
                 raise UserError(
                     f"features: {self.store} needs {needed / 1e9:.1f} GB for {len(missing)} photos, "
                     f"{free / 1e9:.1f} GB are free"
                 )
-            if images is None:
-                decoded = (image for _, image in load_photos([photos[i] for i in missing.values()], workers))
-            else:
-                decoded = (images[i] for i in missing.values())
             reasons: dict[str, str] = {}  # hash of a photo that cannot be decoded -> why
             with self.data.open("ab") as features, self.index.open("a") as lines:
-                batches = _batches(missing, decoded, batch_size, self.encoder.transform, reasons)
+                batches = _decoded_batches(missing, batch_size, workers, self.encoder.transform, reasons)
                 total = -(-len(missing) // batch_size)
-                for batch in tqdm(batches, total=total, desc="encode photos", disable=total < 2):
+                for batch in tqdm(batches, total=total, desc="encode photos", disable=not missing):
                     pixels = torch.stack([pixels for _, pixels in batch]).to(self.encoder.device)
                     self.encoder(pixels).float().cpu().numpy().astype(self.dtype).tofile(features)
                     features.flush()
@@ -138,19 +129,38 @@ class FeatureCache:
         rows = [known[hashes[i]] for i in good]
         return Features(self.data, rows, self.shape, self.dtype) if good else None, good, bad
 
+    @cached_property
+    def _stored(self) -> dict[str, np.ndarray]:
+        """What is in the cache now, (P, D) by hash: read without its lock, since rows are only ever added."""
+        if not self.index.exists() or not self.data.exists():
+            return {}
+        keys = self.index.read_text().rpartition("\n")[0].split()[: self.data.stat().st_size // self.row_bytes]
+        rows = np.memmap(self.data, self.dtype, mode="r", shape=(len(keys), *self.shape)) if keys else ()
+        return dict(zip(keys, rows))
+
     def see(self, photos: Sequence[Photo], images: Sequence[Image.Image]) -> Tensor:
-        """B photos, already decoded -> (B, P, D)."""
-        features, good, bad = self.find(photos, images, batch_size=len(photos))
-        if bad:
-            raise UserError(f"photo {bad[0]}")  # it was there a moment ago
-        return features[good]
+        """B photos, already decoded -> (B, P, D), encoded where the cache lacks them; it is left as it is.
+
+        In half precision in any case, so that what comes of it does not depend on the cache.
+        """
+        keys = {photo.path: file_hash(photo.path) for photo in photos}
+        seen = {
+            path: torch.from_numpy(np.array(self._stored[key]))
+            for path, key in keys.items()
+            if isinstance(key, str) and key in self._stored
+        }
+        missing = {photo.path: image for photo, image in zip(photos, images) if photo.path not in seen}
+        if missing:
+            pixels = torch.stack([self.encoder.transform(image) for image in missing.values()])
+            seen |= zip(missing, self.encoder(pixels.to(self.encoder.device)).half().cpu())
+        return torch.stack([seen[photo.path] for photo in photos])
 
 
-def _batches(
-    keys: Iterable[str], decoded: Iterable[Image.Image | BadPhoto], batch_size: int, transform, reasons: dict[str, str]
+def _decoded_batches(
+    missing: dict[str, Photo], batch_size: int, workers: int, transform, reasons: dict[str, str]
 ) -> Iterator[list[tuple[str, Tensor]]]:
     batch: list[tuple[str, Tensor]] = []
-    for key, image in zip(keys, decoded):
+    for key, (_, image) in zip(missing, load_photos(missing.values(), workers)):
         if isinstance(image, BadPhoto):
             reasons[key] = image.reason
             continue

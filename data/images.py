@@ -1,14 +1,13 @@
 """Photos as upright RGB images: every mode and rotation that PIL can read, and one clear reason where it cannot."""
 
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data.ahead import ahead
 
 if TYPE_CHECKING:
     from data.annotations import Photo
@@ -90,22 +89,7 @@ def load_photos(photos: "Iterable[Photo]", workers: int = 2) -> "Iterator[tuple[
 
     At most 2 * workers photos are in memory besides the one in use; with 0 workers each is decoded when asked for.
     """
-    if workers <= 0:
-        yield from ((photo, _image_or_reason(photo)) for photo in photos)
-        return
-    pool = ThreadPoolExecutor(workers)
-    try:
-        upcoming = iter(photos)
-        ahead: deque[tuple[Photo, Future]] = deque()
-        while True:
-            for photo in islice(upcoming, 2 * workers - len(ahead)):
-                ahead.append((photo, pool.submit(_image_or_reason, photo)))
-            if not ahead:
-                return
-            photo, future = ahead.popleft()
-            yield photo, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from ahead(photos, lambda photo: (photo, _image_or_reason(photo)), workers, 2 * workers)
 
 
 def _image_or_reason(photo: "Photo") -> "Image.Image | BadPhoto":

@@ -79,12 +79,15 @@ class Rows:
     """(B, L) place behind the image prefix: 0 at each caption's first EOS."""
     segments: Tensor
     """(B, L) 1, 2, ... by caption, PADDING on padding."""
+    supervised: Tensor
+    """(N,) where in the flattened rows there is a label."""
 
     def pin_memory(self) -> "Rows":
         return Rows(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
     def to(self, device: torch.device) -> "Rows":
-        return Rows(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        at_once = self.labels.is_pinned()
+        return Rows(*(getattr(self, field.name).to(device, non_blocking=at_once) for field in fields(self)))
 
 
 def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int, first: int | None = None) -> Rows:
@@ -103,6 +106,7 @@ def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int, first: int | No
         labels=torch.full((len(rows), length), -100),
         positions=torch.zeros(len(rows), length, dtype=torch.long),
         segments=torch.full((len(rows), length), PADDING),
+        supervised=torch.empty(0),
     )
     for b, row in enumerate(rows):
         start = 0
@@ -113,6 +117,7 @@ def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int, first: int | No
             packed.positions[b, place] = torch.arange(len(caption) + 1)
             packed.segments[b, place] = number
             start = place.stop
+    packed.supervised = (packed.labels.flatten() != -100).nonzero()[:, 0]  # here: on a GPU it would have to wait for it
     return packed
 
 
@@ -193,15 +198,14 @@ class Captioner(nn.Module):
         """(B, P, D_image) -> (B, P, D_text), in the decoder's dtype."""
         return self.projector(features).to(causal_lm(self.decoder).dtype)
 
-    def forward(self, features: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, rows: Rows) -> tuple[Tensor, int]:
         """(B, P, D_image) features and B packed rows -> sum of the supervised losses, their number."""
         image = self.prefix(features)
-        hidden = self.hidden(image, rows)[:, image.shape[1] :]
-        supervised = rows.labels != -100
+        hidden = self.hidden(image, rows)[:, image.shape[1] :].flatten(0, 1)
         head = causal_lm(self.decoder).get_output_embeddings()
         weights = [weight for weight in head.parameters() if weight.requires_grad and torch.is_grad_enabled()]
-        loss = ChunkedCrossEntropy.apply(hidden[supervised], rows.labels[supervised], head, *weights)
-        return loss, supervised.sum()
+        states, labels = hidden[rows.supervised], rows.labels.flatten()[rows.supervised]
+        return ChunkedCrossEntropy.apply(states, labels, head, *weights), len(labels)
 
     def hidden(self, image: Tensor, rows: Rows) -> Tensor:
         """(B, P, D_text) image prefix and B packed rows of L tokens -> (B, P + L, D_text) final hidden states."""
@@ -228,8 +232,8 @@ class Captioner(nn.Module):
         self.decoder.to(device, dtype)
         return self
 
-    def see(self, photos: Sequence, images: Sequence[Image.Image]) -> Tensor:
-        """B RGB `images` -> (B, P, D_image); of their `photos` nothing is kept, as `data.features` would."""
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        """B RGB photos -> (B, P, D_image)."""
         pixels = torch.stack([self.encoder.transform(image) for image in images])
         return self.encoder(pixels.to(self.encoder.device))
 

@@ -43,12 +43,6 @@ class PatchGrid:
     columns: int
     box: tuple[float, float, float, float]
 
-    def patch_box(self, row: int, column: int) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) of one patch, in photo pixels."""
-        left, top, right, bottom = self.box
-        width, height = (right - left) / self.columns, (bottom - top) / self.rows
-        return left + column * width, top + row * height, left + (column + 1) * width, top + (row + 1) * height
-
 
 @dataclass(frozen=True)
 class PhotoTransform:

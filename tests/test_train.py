@@ -21,8 +21,9 @@ import common
 import p2_inference
 import p2_train
 from common import MetricsLog, UserError, parse_config
+from data.ahead import ahead
 from data.annotations import find_photos, read_annotations
-from data.batches import ahead, batch_tokens, epoch_batches
+from data.batches import batch_tokens, epoch_batches
 from data.features import FeatureCache
 from data.images import open_photo
 from data.splits import prepare_split
@@ -355,21 +356,24 @@ def test_bf16_packed_run_captions_photos(config, data_root, tmp_path, monkeypatc
     (photos / "broken.jpg").write_bytes((data_root / "images/val/val0.png").read_bytes()[:60])
     (photos / "empty.png").touch()
     results = {}
-    forms = {"one": ["--batch_size", 1, "--features", "null"], "many": [], "again": [], "bf16": ["--precision", "bf16"]}
+    cached = ["--features", tmp_path / "features"]
+    forms = {"one": ["--batch_size", 1], "many": [], "cached": cached, "bf16": [*cached, "--precision", "bf16"]}
     encode, photos_seen, encoded = FrozenEncoder.forward, [], {}
     monkeypatch.setattr(FrozenEncoder, "forward", lambda *args: photos_seen.append(len(args[1])) or encode(*args))
     for name, more in forms.items():
         args = ["--checkpoint", cfg.output, "--images", photos, "--output", tmp_path / f"{name}.json", *more]
-        if "--features" not in more:
-            args += ["--features", tmp_path / "features"]
+        if name == "cached":
+            encoder = load_captioner(cfg.output).encoder
+            FeatureCache(encoder, tmp_path / "features").find(find_photos(data_root / "images/val"))
+            photos_seen.clear()
         assert run_script(p2_inference, monkeypatch, *args, "--device", "cpu") == 0
         results[name] = json.loads((tmp_path / f"{name}.json").read_text())
         encoded[name] = sum(photos_seen)
         photos_seen.clear()
     # two blank ones, by which the shapes are known, and each photo once
-    assert encoded == {"one": 6, "many": 6, "again": 2, "bf16": 2}
+    assert encoded == {"one": 6, "many": 6, "cached": 2, "bf16": 2}
     assert list(results["many"]) == ["val0", "val1", "val2", "val3"] == list(results["bf16"])
-    assert results["one"] == results["many"] == results["again"]
+    assert results["one"] == results["many"] == results["cached"]
     meta = json.loads((tmp_path / "many.meta.json").read_text())
     assert meta["skipped"].keys() == {"broken.jpg", "empty.png"} and meta["skipped"]["empty.png"] == "empty file"
     assert meta["captioner"]["encoder"]["weights"] == cfg.encoder.weights

@@ -72,7 +72,7 @@ def test_a_folder_of_photos_gets_a_picture_each_and_a_page(scene, capsys):
 
 
 def test_captions_and_pictures_heed_neither_the_batch_nor_the_cache(scene):
-    visualize(scene, "pairs", features=None)
+    visualize(scene, "pairs", features=scene / "none")
     visualize(scene, "single", limit=1)
     first, second = read(scene, "pairs")["photos"][0], read(scene, "single")["photos"][0]
     assert first["caption"] == second["caption"] and first["words"] == second["words"]

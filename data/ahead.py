@@ -1,0 +1,31 @@
+"""Work done ahead by threads while what is ready is used."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+Item, Ready = TypeVar("Item"), TypeVar("Ready")
+
+
+def ahead(
+    items: Iterable[Item], prepare: Callable[[Item], Ready], workers: int = 1, waiting: int = 1
+) -> Iterator[Ready]:
+    """`prepare(item)` for each item in turn, up to `waiting` of them begun before they are asked for.
+
+    With 0 workers each is prepared when it is asked for.
+    """
+    if workers <= 0:
+        yield from map(prepare, items)
+        return
+    pool, upcoming = ThreadPoolExecutor(workers), iter(items)
+    begun: deque[Future] = deque()
+    try:
+        while True:
+            begun.extend(pool.submit(prepare, item) for item in islice(upcoming, waiting + 1 - len(begun)))
+            if not begun:
+                return
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
