@@ -17,11 +17,10 @@ from jsonargparse.typing import PositiveFloat
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import Products
-from benchmarks.p2_training import CAPTIONS, build, draw, our_step, plain_step
+from benchmarks.p2_training import make_step
 from common import run
 from models.decoder import causal_lm
 from models.encoder import EncoderConfig, build_encoder
-from models.training import lighten
 
 PROMPT, IMAGE, PHOTOS = 24, 576, 8  # LLaVA-1.5: about what a short prompt takes, its image tokens, photos a batch
 
@@ -44,17 +43,11 @@ def encoder() -> Products:
     return products
 
 
-def step(ours: bool) -> Products:
-    captioner = build("gpt2", torch.device("cpu"))
-    features, captions = draw("gpt2", torch.device("cpu"), photos=1)
-    if ours:
-        lighten(captioner, torch.bfloat16, features.device)
+def step(form: str) -> Products:
+    run_step, captioner, *given = make_step(form, torch.device("cpu"), photos=1)
     causal_lm(captioner.decoder).set_attn_implementation("eager")
     with Products() as products:
-        if ours:
-            our_step(captioner, features, captions)
-        else:
-            plain_step(captioner, features.repeat_interleave(CAPTIONS, dim=0), captions)
+        run_step(captioner, *given)
     return products
 
 
@@ -81,8 +74,8 @@ def main(cfg: Config) -> None:
     plain = "plain step, GPT-2 r=32, a photo's 5 captions, float32"
     jobs = {
         "ViT-L/14, one photo": encoder(),
-        plain: step(ours=False),
-        "our step, GPT-2 r=32, a photo's 5 captions, bf16": step(ours=True),
+        plain: step("plain"),
+        "our step, GPT-2 r=32, a photo's 5 captions, bf16": step("bf16"),
         f"LLaVA-1.5-7B's language model, prefill of {PHOTOS} photos": llava(PROMPT + IMAGE),
         f"LLaVA-1.5-7B's language model, a word more of {PHOTOS} photos": llava(1, PROMPT + IMAGE),
     }

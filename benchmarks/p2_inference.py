@@ -10,7 +10,6 @@ Words of random weights are near ties, so that bf16 soon goes another way: what 
 to say (README).
 """
 
-import copy
 from functools import partial
 
 import torch
@@ -76,28 +75,22 @@ FORMS |= {"ours float32": ours, "ours bf16": ours}
 
 
 def one_form(form: str, photos: int, device: torch.device) -> partial:
-    """A form ready to caption so many photos, for its memory."""
+    """A form ready to caption the first so many photos."""
     captioner = confident(device)
-    if form.startswith("ours"):
-        captioner.merge().place(device, torch.bfloat16 if form.endswith("bf16") else torch.float32)
-    return partial(torch.inference_mode()(FORMS[form]), captioner, draw("gpt2", device, photos)[0])
+    if form == "generate, merged":
+        captioner.decoder = merge_lora(captioner.decoder)
+    elif form.startswith("ours"):
+        captioner.merge().place(device, torch.bfloat16 if form == "ours bf16" else torch.float32)
+    features, _ = draw("gpt2", device, PHOTOS)
+    return partial(torch.inference_mode()(FORMS[form]), captioner, features[:photos])
 
 
-@torch.inference_mode()
 def main(cfg: Rounds) -> None:
     device = pick_device(cfg.device)
     sizes = {"plain": 1, "ours bf16": PHOTOS}
     memory = {form: peak_memory(one_form, form, photos, device) for form, photos in sizes.items()}
 
-    features, _ = draw("gpt2", device, PHOTOS)
-    few = features[:FEW]
-    unmerged = confident(device)
-    merged, float32 = copy.deepcopy(unmerged), copy.deepcopy(unmerged).merge()
-    merged.decoder = merge_lora(merged.decoder)
-    bf16 = copy.deepcopy(float32).place(device, torch.bfloat16)
-    given = {"plain": (unmerged, few), "generate": (unmerged, few), "generate, merged": (merged, few)}
-    given |= {"ours float32": (float32, features), "ours bf16": (bf16, features)}
-    forms = {form: partial(FORMS[form], *arguments) for form, arguments in given.items()}
+    forms = {form: one_form(form, PHOTOS if form.startswith("ours") else FEW, device) for form in FORMS}
     seconds, captions = interleaved(forms, cfg.rounds)
     per_photo = {form: seconds[form] / len(captions[form]) for form in forms}
     expected = captions["plain"]

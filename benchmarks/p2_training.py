@@ -8,9 +8,9 @@ Ours: what `p2_train.py` runs with `captions_per_row: 5`. GPT-2 small and SmolLM
 is forward and backward.
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -117,44 +117,39 @@ def matmul_share(name: str, captioner: Captioner, features: Tensor, captions: li
     return seconds
 
 
-def one_step(form: str, device: torch.device) -> Callable[[], None]:
-    """A step of GPT-2's shape: plain, float32 or bf16."""
-    captioner = build("gpt2", device)
-    features, captions = draw("gpt2", device)
+def make_step(form: str, device: torch.device, photos: int | None = None) -> tuple[Callable, Captioner, Tensor, list]:
+    """A step of GPT-2's shape, plain, float32 or bf16, and what it is called with."""
+    captioner, (features, captions) = build("gpt2", device), draw("gpt2", device, photos)
     if form == "plain":
-        features = features.repeat_interleave(CAPTIONS, dim=0)
-        return lambda: plain_step(captioner, features, captions)
+        return plain_step, captioner, features.repeat_interleave(CAPTIONS, dim=0), captions
     lighten(captioner, torch.bfloat16 if form == "bf16" else torch.float32, device)
-    return lambda: our_step(captioner, features, captions)
+    return our_step, captioner, features, captions
+
+
+def one_step(form: str, device: torch.device) -> Callable[[], None]:
+    """The same, ready to be called, for its memory."""
+    return partial(*make_step(form, device))
 
 
 def main(cfg: Rounds) -> None:
     device = pick_device(cfg.device)
     memory = {form: peak_memory(one_step, form, device) for form in ("plain", "float32", "bf16")}
 
-    plain = build("gpt2", device)
-    features, captions = draw("gpt2", device)
-    repeated = features.repeat_interleave(CAPTIONS, dim=0)
-    float32, bf16 = copy.deepcopy(plain), copy.deepcopy(plain)
-    lighten(float32, torch.float32, device)
-    lighten(bf16, torch.bfloat16, device)
+    made = {form: make_step(form, device) for form in memory}
 
-    def stepped(step: Callable, captioner: Captioner, own: Tensor) -> dict[str, Tensor]:
-        step(captioner, own, captions)
+    def stepped(step: Callable, captioner: Captioner, *given) -> dict[str, Tensor]:
+        step(captioner, *given)
         return gradients(captioner)
 
-    forms = {
-        "plain float32": lambda: stepped(plain_step, plain, repeated),
-        "ours float32": lambda: stepped(our_step, float32, features),
-        "ours bf16": lambda: stepped(our_step, bf16, features),
-    }
-    seconds, grads = interleaved(forms, cfg.rounds)
+    names = {"plain": "plain float32", "float32": "ours float32", "bf16": "ours bf16"}
+    seconds, grads = interleaved({names[form]: partial(stepped, *made[form]) for form in made}, cfg.rounds)
     errors = {form: gradient_error(grads["plain float32"], grads[f"ours {form}"]) for form in ("float32", "bf16")}
+    _, bf16, features, captions = made["bf16"]
     seconds |= matmul_share("gpt2", bf16, features, captions, cfg.rounds)
     smollm2 = build("smollm2", device)
     lighten(smollm2, torch.bfloat16, device)
     seconds |= matmul_share("smollm2", smollm2, *draw("smollm2", device), cfg.rounds)
-    seconds |= in_loop(plain, bf16, captions, device, cfg.rounds)
+    seconds |= in_loop(made["plain"][1], bf16, captions, device, cfg.rounds)
 
     report(
         f"training step, {len(captions)} photos, {CAPTIONS} captions each, {SHAPES['gpt2'][0]} image tokens",

@@ -48,18 +48,6 @@ def file_hash(path: Path) -> str | BadPhoto:
         return BadPhoto(path, (error.strerror or str(error)).lower())
 
 
-def _read_index(index: Path, data: Path, row_bytes: int) -> list[str]:
-    """Keys of the rows that are whole in both files; what a killed run or a full disk left half is cut off."""
-    whole = index.read_text().rpartition("\n")[0] if index.exists() else ""
-    keys = whole.split()[: data.stat().st_size // row_bytes if data.exists() else 0]
-    if not index.exists() or index.read_text() != "".join(f"{key}\n" for key in keys):
-        with written_whole(index) as part:
-            part.write_text("".join(f"{key}\n" for key in keys))
-    with data.open("ab") as file:
-        file.truncate(row_bytes * len(keys))
-    return keys
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One writer at a time, whichever process it is in."""
@@ -86,6 +74,23 @@ class FeatureCache:
         self.row_bytes = np.dtype(dtype).itemsize * encoder.tokens * encoder.width
         self.data, self.index = self.store / f"features.f{8 * np.dtype(dtype).itemsize}", self.store / "index.txt"
 
+    def _keys(self) -> list[str]:
+        """Keys of the rows that are whole in both files."""
+        if not self.index.exists() or not self.data.exists():
+            return []
+        return self.index.read_text().rpartition("\n")[0].split()[: self.data.stat().st_size // self.row_bytes]
+
+    def _mended_keys(self) -> list[str]:
+        """The same, once what a killed run or a full disk left half is cut off."""
+        keys = self._keys()
+        lines = "".join(f"{key}\n" for key in keys)
+        if not self.index.exists() or self.index.read_text() != lines:
+            with written_whole(self.index) as part:
+                part.write_text(lines)
+        with self.data.open("ab") as file:
+            file.truncate(self.row_bytes * len(keys))
+        return keys
+
     def find(
         self, photos: Sequence[Photo], batch_size: int = 32, workers: int = 2
     ) -> tuple[Features | None, list[int], list[BadPhoto]]:
@@ -96,7 +101,7 @@ class FeatureCache:
         """
         with _locked(self.store):
             try:
-                keys = _read_index(self.index, self.data, self.row_bytes)
+                keys = self._mended_keys()
             except OSError as error:
                 raise UserError(f"features: {error.filename} cannot be opened: {error.strerror}") from None
             known = {key: row for row, key in enumerate(keys)}
@@ -132,9 +137,7 @@ class FeatureCache:
     @cached_property
     def _stored(self) -> dict[str, np.ndarray]:
         """What is in the cache now, (P, D) by hash: read without its lock, since rows are only ever added."""
-        if not self.index.exists() or not self.data.exists():
-            return {}
-        keys = self.index.read_text().rpartition("\n")[0].split()[: self.data.stat().st_size // self.row_bytes]
+        keys = self._keys()
         rows = np.memmap(self.data, self.dtype, mode="r", shape=(len(keys), *self.shape)) if keys else ()
         return dict(zip(keys, rows))
 

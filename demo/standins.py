@@ -25,7 +25,7 @@ from data.annotations import find_data, read_annotations
 from data.instances import read_instances
 from demo.shapes import is_made, made_whole, named_pairs
 from metrics.grounding import cover_on_grid
-from models.captioner import pack_rows, prefix_mask
+from models.captioner import pack_rows, packed_hidden
 from models.llava import PROMPT, chat_prompt
 
 CLIP = {
@@ -311,13 +311,8 @@ def train_llava(folder: Path, clip: Path, root: Path, steps: int) -> None:
         prefix = embed(torch.tensor(prompt[:-1])).expand(len(batch), -1, -1)
         prefix = torch.cat([prefix[:, :place], patches, prefix[:, place + 1 :]], dim=1)
         packed, length = pack_rows([rows[i] for i in batch], eos, first=prompt[-1]), prefix.shape[1]
-        hidden = parts.language_model(
-            inputs_embeds=torch.cat([prefix, embed(packed.input_ids)], dim=1),
-            attention_mask=prefix_mask(packed.segments, length, prefix.dtype),
-            position_ids=torch.cat([torch.arange(length).expand(len(batch), -1), length + packed.positions], dim=1),
-        ).last_hidden_state[:, length:]
-        learnt = packed.labels != IGNORED
-        return F.cross_entropy(model.lm_head(hidden[learnt]), packed.labels[learnt])
+        hidden = packed_hidden(parts.language_model, prefix, packed)[:, length:].flatten(0, 1)
+        return F.cross_entropy(model.lm_head(hidden[packed.supervised]), packed.labels.flatten()[packed.supervised])
 
     fit(model, loss_of, len(photos), steps, lr=2e-3, label="LLaVA", batch_size=16)
     model.save_pretrained(folder)

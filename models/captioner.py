@@ -101,24 +101,21 @@ def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int, first: int | No
     """
     first = eos if first is None else first
     length = max(sum(len(caption) + 1 for caption in row) for row in rows)
-    packed = Rows(
-        input_ids=torch.full((len(rows), length), eos),
-        labels=torch.full((len(rows), length), -100),
-        positions=torch.zeros(len(rows), length, dtype=torch.long),
-        segments=torch.full((len(rows), length), PADDING),
-        supervised=torch.empty(0),
-    )
+    input_ids = torch.full((len(rows), length), eos)
+    labels = torch.full((len(rows), length), -100)
+    positions = torch.zeros(len(rows), length, dtype=torch.long)
+    segments = torch.full((len(rows), length), PADDING)
     for b, row in enumerate(rows):
         start = 0
         for number, caption in enumerate(row, start=1):
             place = slice(start, start + len(caption) + 1)
-            packed.input_ids[b, place] = torch.tensor([first, *caption])
-            packed.labels[b, place] = torch.tensor([*caption, eos])
-            packed.positions[b, place] = torch.arange(len(caption) + 1)
-            packed.segments[b, place] = number
+            input_ids[b, place] = torch.tensor([first, *caption])
+            labels[b, place] = torch.tensor([*caption, eos])
+            positions[b, place] = torch.arange(len(caption) + 1)
+            segments[b, place] = number
             start = place.stop
-    packed.supervised = (packed.labels.flatten() != -100).nonzero()[:, 0]  # here: on a GPU it would have to wait for it
-    return packed
+    supervised = (labels.flatten() != -100).nonzero()[:, 0]  # found here, since a GPU would have to be waited for
+    return Rows(input_ids, labels, positions, segments, supervised)
 
 
 def prefix_mask(segments: Tensor, image_tokens: int, dtype: torch.dtype) -> Tensor:
@@ -130,6 +127,22 @@ def prefix_mask(segments: Tensor, image_tokens: int, dtype: torch.dtype) -> Tens
     return torch.zeros(seen.shape, dtype=dtype, device=full.device).masked_fill_(
         ~seen, torch.finfo(dtype).min
     )[:, None]
+
+
+def packed_hidden(model: nn.Module, prefix: Tensor, rows: Rows) -> Tensor:
+    """(B, P, D) prefix embeddings and B packed rows of L tokens -> (B, P + L, D) final hidden states.
+
+    `model` is a transformers language model without its head.
+    """
+    length = prefix.shape[1]
+    inputs = torch.cat([prefix, model.get_input_embeddings()(rows.input_ids)], dim=1)
+    positions = torch.arange(length, device=prefix.device).expand(len(prefix), -1)
+    return model(
+        inputs_embeds=inputs,
+        attention_mask=prefix_mask(rows.segments, length, inputs.dtype),
+        position_ids=torch.cat([positions, length + rows.positions], dim=1),
+        use_cache=False,
+    ).last_hidden_state
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -209,15 +222,7 @@ class Captioner(nn.Module):
 
     def hidden(self, image: Tensor, rows: Rows) -> Tensor:
         """(B, P, D_text) image prefix and B packed rows of L tokens -> (B, P + L, D_text) final hidden states."""
-        lm, tokens = causal_lm(self.decoder), image.shape[1]
-        inputs = torch.cat([image, lm.get_input_embeddings()(rows.input_ids)], dim=1)
-        image_positions = torch.arange(tokens, device=image.device).expand(len(image), -1)
-        return lm.base_model(
-            inputs_embeds=inputs,
-            attention_mask=prefix_mask(rows.segments, tokens, inputs.dtype),
-            position_ids=torch.cat([image_positions, tokens + rows.positions], dim=1),
-            use_cache=False,
-        ).last_hidden_state
+        return packed_hidden(causal_lm(self.decoder).base_model, image, rows)
 
     def merge(self) -> "Captioner":
         """Fold LoRA into the decoder, for inference."""

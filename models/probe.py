@@ -205,8 +205,11 @@ class CaptionerEye:
     """
 
     def __init__(self, captioner: Captioner, see: Callable[[Sequence, Sequence[Image.Image]], Tensor] | None = None):
-        self.see = see or (lambda photos, images: captioner.features(images))
+        self.see = see or self._encode
         self.captioner, self.tokenizer, self.text = captioner.eval(), captioner.tokenizer, captioner.text
+
+    def _encode(self, photos: Sequence, images: Sequence[Image.Image]) -> Tensor:
+        return self.captioner.features(images)
 
     def grid(self, width: int, height: int) -> PatchGrid:
         """Where the patches lie on a photo of so many pixels."""
@@ -232,7 +235,7 @@ class CaptionerEye:
     def forget(self) -> None:
         """Let all weights be random."""
         forget(self.captioner)
-        self.see = lambda photos, images: self.captioner.features(images)
+        self.see = self._encode  # what the cache holds is of the weights that were
 
 
 class LlavaEye:
