@@ -60,7 +60,7 @@ def parse_config(Config: type[T], args: Sequence[str] | None = None, aliases: di
             parsed = parser.instantiate(parser.parse_args(args))
     except (ArgumentError, TypeError) as error:
         raise UserError(_one_line(str(error), fields, args)) from None
-    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
 
 
 def config_from(Config: type[T], values: Any) -> T:
@@ -74,7 +74,19 @@ def config_from(Config: type[T], values: Any) -> T:
         parsed = parser.instantiate(parser.parse_object(values))
     except (ArgumentError, TypeError) as error:
         raise UserError(_one_line(str(error), field_types(Config), ())) from None
-    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
+
+
+def _plain(value: Any) -> Any:
+    """A config with plain numbers: one of PositiveFloat would be pickled as such, and no safe loader takes it back."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    if isinstance(value, float):
+        return float(value)
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _parser(Config: type):

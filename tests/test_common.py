@@ -76,6 +76,12 @@ def test_file_of_settings_and_flags_after_it(tmp_path):
     assert (cfg.count, cfg.rate, cfg.names, cfg.part) == (6, 3e-4, ["a", "b"], Part(8, "two"))
 
 
+def test_numbers_are_plain():
+    cfg = parse("--rate", "3e-4", "--count", "6", "--layers", "1", "2", "--part.rank", "8")
+    assert {type(number) for number in (cfg.count, *cfg.layers, cfg.part.rank)} == {int} and type(cfg.rate) is float
+    assert type(cfg.overwrite) is bool
+
+
 MISTAKES = [
     (["--cout", "3"], "cout: unknown setting; did you mean count?"),
     (["--part.rnk", "3"], "part.rnk: unknown setting; did you mean part.rank?"),

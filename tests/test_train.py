@@ -268,13 +268,19 @@ def stop_at(monkeypatch, call: int) -> None:
     monkeypatch.setattr(p2_train.Trainer, "loss", counted)
 
 
+def read_back(cfg: p2_train.Config, file: Path) -> p2_train.Config:
+    """The same settings as a user gives them, from a file."""
+    file.write_text(yaml.safe_dump(p2_train.settings_of(cfg)))
+    return parse_config(p2_train.Config, ["--config", str(file)])
+
+
 @pytest.mark.parametrize("dropout, stops", [(0.0, [3, 7, 18]), (0.1, [10, 13])])
 def test_a_stopped_run_goes_on_as_if_unbroken(config, tmp_path, dropout, stops, monkeypatch):
     lora = LoraConfig(rank=4, alpha=8, dropout=dropout)
     p2_train.main(config(output=tmp_path / "whole", lora=lora))
     monkeypatch.setattr(p2_train, "plot_losses", lambda *_: None)  # slow, and seen above
     for stop in stops:
-        cfg = config(output=tmp_path / f"stopped{stop}", lora=lora)
+        cfg = read_back(config(output=tmp_path / f"stopped{stop}", lora=lora), tmp_path / "settings.yaml")
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_at(patch, stop)
             p2_train.main(cfg)
