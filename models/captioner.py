@@ -248,21 +248,24 @@ class Captioner(nn.Module):
 
         All photos have equally long prefixes, so that nothing is padded; each is read once, whatever the beams.
         """
+        from models.kv_cache import one_query_attention, with_room
         from models.sampling import generation_config, samplers, until_eos
 
         lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
         image = self.prefix(features)
-        cache = lm.base_model(inputs_embeds=image, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(decoding.num_beams)
+        # on a CPU a few photos at a time, so that what passes between layers stays in its caches
+        parts = image.split(8) if image.device.type == "cpu" else [image]
+        caches = [lm.base_model(inputs_embeds=part, use_cache=True).past_key_values for part in parts]
         # the image's places count; what id stands there does not, for its keys and values are in the cache
         ids = torch.full((len(image), image.shape[1] + 1), eos, device=image.device)
-        out = lm.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            generation_config=generation_config(decoding, eos, pad=eos),
-            logits_processor=samplers(decoding, seeds),
-        )
+        with one_query_attention(lm):
+            out = lm.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=with_room(caches, decoding.num_beams, decoding.max_new_tokens),
+                generation_config=generation_config(decoding, eos, pad=eos),
+                logits_processor=samplers(decoding, seeds),
+            )
         return until_eos(out[:, ids.shape[1] :], eos)
 
     def caption(self, features: Tensor, decoding: Decoding = Decoding(), seeds: Sequence[int] = ()) -> list[str]:

@@ -17,6 +17,7 @@ from transformers import LogitsProcessorList
 from common import UserError
 from models.captioner import Decoding
 from models.hub import hub_or_cache, means_folder, quiet, why
+from models.kv_cache import one_query_attention, with_room
 from models.sampling import InTurn, generation_config, samplers, until_eos
 
 # Published settings of the three decodings.
@@ -95,15 +96,15 @@ class Llava(nn.Module):
     ) -> dict[str, list[list[int]]]:
         """Go on from the prompt's `cache`, which is used up, with every photo once for each of the decodings."""
         ids, mask, count = inputs["input_ids"], inputs["attention_mask"], len(chosen)
-        cache.batch_repeat_interleave(count)
         first, *_ = (decoding for decoding, _ in chosen.values())
-        out = self.model.generate(
-            input_ids=ids.repeat_interleave(count, dim=0),
-            attention_mask=mask.repeat_interleave(count, dim=0),
-            past_key_values=cache,
-            generation_config=generation_config(first, self.eos, self.processor.tokenizer.pad_token_id),
-            logits_processor=LogitsProcessorList([InTurn([samplers(*one) for one in chosen.values()])]),
-        )
+        with one_query_attention(self.model.model.language_model):
+            out = self.model.generate(
+                input_ids=ids.repeat_interleave(count, dim=0),
+                attention_mask=mask.repeat_interleave(count, dim=0),
+                past_key_values=with_room([cache], count * first.num_beams, first.max_new_tokens),
+                generation_config=generation_config(first, self.eos, self.processor.tokenizer.pad_token_id),
+                logits_processor=LogitsProcessorList([InTurn([samplers(*one) for one in chosen.values()])]),
+            )
         new = until_eos(out[:, ids.shape[1] :], self.eos)  # by position: a prompt's text may come back in a caption
         return {name: new[place::count] for place, name in enumerate(chosen)}
 

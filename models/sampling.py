@@ -70,6 +70,7 @@ def generation_config(decoding: Decoding, eos: int | list[int], pad: int) -> Gen
         do_sample=False,  # the samplers draw
         eos_token_id=eos,
         pad_token_id=pad,
+        disable_compile=True,  # a cache of fixed size would have a GPU compile anew for every batch shape
     )
 
 

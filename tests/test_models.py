@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from common import UserError
 from models import packaged
@@ -19,6 +20,7 @@ from models.captioner import ChunkedCrossEntropy, Decoding, build_captioner, pac
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner, save_captioner
 from models.decoder import DecoderConfig, causal_lm, check_decoder, fuse_lora, load_decoder
 from models.encoder import EncoderConfig, PhotoTransform, build_encoder
+from models.kv_cache import one_query_attention, with_room
 from models.projector import ProjectorConfig
 from models.sampling import until_eos
 from models.training import Stage, compile_layers, lighten, make_optimizer, make_schedule
@@ -329,6 +331,26 @@ def test_beams_share_the_image_and_find_what_transformers_finds(make_captioner, 
     assert captioner.generate(few, Decoding(max_new_tokens=8, num_beams=3)) == until_eos(ids, eos)
     hook.remove()
     assert len(seen[0]) == len(few) and all(embeds is None for embeds in seen[1:])
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@torch.inference_mode()
+def test_joined_caches_go_on_as_each_would_alone(window):
+    """Two photos' prefixes read apart, each in three rows, by a decoder with and without a sliding window."""
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(MistralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=window, initializer_range=0.5,
+    )).eval()  # fmt: skip
+    prefix, words = torch.randint(50, (2, 9)), torch.randint(50, (6, 5))
+    cache = with_room([lm(row, use_cache=True).past_key_values for row in prefix.split(1)], repeats=3, more=5)
+    expected = lm(torch.cat([prefix.repeat_interleave(3, dim=0), words], dim=1)).logits[:, -5:]
+    kept = None if window else cache.layers[1].keys
+    with one_query_attention(lm):
+        logits = [lm(words[:, step : step + 1], past_key_values=cache).logits for step in range(5)]
+    assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-4)
+    assert window or cache.layers[1].keys is kept  # written in place
+    assert lm.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
