@@ -124,9 +124,7 @@ def prefix_mask(segments: Tensor, image_tokens: int, dtype: torch.dtype) -> Tens
     length = full.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=full.device).tril()
     seen = causal & ((full[:, None, :] == IMAGE) | (full[:, None, :] == full[:, :, None]))
-    return torch.zeros(seen.shape, dtype=dtype, device=full.device).masked_fill_(
-        ~seen, torch.finfo(dtype).min
-    )[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=full.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def packed_hidden(model: nn.Module, prefix: Tensor, rows: Rows) -> Tensor:

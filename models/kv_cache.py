@@ -19,20 +19,18 @@ def with_room(parts: Sequence[Cache], repeats: int, more: int) -> Cache:
     """
     cache = parts[0]
     for number, layers in enumerate(zip(*(part.layers for part in parts))):
-        room = more if type(layers[0]) is DynamicLayer else 0
-        keys, values = (
-            _joined([getattr(layer, kind) for layer in layers], repeats, room) for kind in ("keys", "values")
-        )
-        length = layers[0].keys.shape[2]
-        for layer in layers[1:]:
-            layer.reset()
+        layer, length = layers[0], layers[0].keys.shape[2]
+        room = more if type(layer) is DynamicLayer else 0
+        keys = _joined([one.keys for one in layers], repeats, room)
+        values = _joined([one.values for one in layers], repeats, room)
         if room:
-            cache.layers[number] = StaticLayer(max_cache_len=length + room)
-            cache.layers[number].cumulative_length = torch.tensor(length, device=keys.device)
-        layer = cache.layers[number]
-        layer.keys, layer.values, layer.dtype, layer.device, layer.is_initialized = (
-            keys, values, keys.dtype, keys.device, True,
-        )  # fmt: skip
+            layer = StaticLayer(max_cache_len=length + room)
+            layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+            layer.cumulative_length = torch.tensor(length, device=keys.device)
+        layer.keys, layer.values = keys, values
+        cache.layers[number] = layer
+        for used in layers[1:]:
+            used.reset()  # its memory is free for the next layer
     return cache
 
 
