@@ -60,7 +60,7 @@ def parse_config(Config: type[T], args: Sequence[str] | None = None, aliases: di
             parsed = parser.instantiate(parser.parse_args(args))
     except (ArgumentError, TypeError) as error:
         raise UserError(_one_line(str(error), fields, args)) from None
-    return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
+    return _built(Config, parsed)
 
 
 def config_from(Config: type[T], values: Any) -> T:
@@ -74,6 +74,10 @@ def config_from(Config: type[T], values: Any) -> T:
         parsed = parser.instantiate(parser.parse_object(values))
     except (ArgumentError, TypeError) as error:
         raise UserError(_one_line(str(error), field_types(Config), ())) from None
+    return _built(Config, parsed)
+
+
+def _built(Config: type[T], parsed: Any) -> T:
     return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
 
 

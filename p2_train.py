@@ -43,7 +43,7 @@ from data.splits import Split, prepare_split, read_splits
 from metrics.cider import cider, find_java
 from models.captioner import Captioner, CaptionerConfig, Rows, build_captioner, pack_rows
 from models.checkpoint import find_checkpoint, load_trained, remove_checkpoint, restore_folder, save_captioner
-from models.decoder import DecoderConfig, LoraConfig, causal_lm, check_decoder
+from models.decoder import DecoderConfig, LoraConfig, attending, causal_lm, check_decoder
 from models.encoder import EncoderConfig, check_encoder
 from models.projector import ProjectorConfig
 from models.training import (
@@ -322,16 +322,12 @@ class Trainer:
 
     def validation_cider(self) -> float:
         """CIDEr-D of greedy captions of the validation photos."""
-        lm = causal_lm(self.captioner.decoder)
-        training_attention = lm.config._attn_implementation
-        lm.set_attn_implementation("sdpa")
         predictions = {}
         for start in tqdm(range(0, len(self.val.photos), 32), "caption", leave=False):
             own = range(start, min(start + 32, len(self.val.photos)))
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), attending(causal_lm(self.captioner.decoder), "sdpa"):
                 captions = self.captioner.caption(self.val.features[own].to(self.accelerator.device))
             predictions.update(zip((self.val.photos[i].stem for i in own), captions))
-        lm.set_attn_implementation(training_attention)
         return cider({photo.stem: list(photo.captions) for photo in self.val.photos}, predictions)[0]
 
     def run(self) -> None:

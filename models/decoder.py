@@ -1,6 +1,8 @@
 """The language model that writes captions, LoRA on each of its linear layers, and merging the two again."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,6 +149,17 @@ def add_lora(lm: nn.Module, config: LoraConfig) -> nn.Module:
 def causal_lm(decoder: nn.Module) -> nn.Module:
     """The transformers model inside `decoder`, whether wrapped by peft or not."""
     return decoder.get_base_model() if hasattr(decoder, "get_base_model") else decoder
+
+
+@contextmanager
+def attending(lm: nn.Module, implementation: str) -> Iterator[None]:
+    """Let a transformers model attend by another implementation of the library's; its own comes back after it."""
+    before = lm.config._attn_implementation
+    lm.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(before)
 
 
 def merge_lora(decoder: nn.Module) -> nn.Module:
