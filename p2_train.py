@@ -40,7 +40,7 @@ from common import (
 from data.ahead import ahead
 from data.batches import Row, batch_tokens, epoch_batches
 from data.splits import Split, prepare_split, read_splits
-from metrics.cider import cider, find_java
+from metrics.cider import cider, consensus, find_java
 from models.captioner import Captioner, CaptionerConfig, Rows, build_captioner, pack_rows
 from models.checkpoint import find_checkpoint, load_trained, remove_checkpoint, restore_folder, save_captioner
 from models.decoder import DecoderConfig, LoraConfig, attending, causal_lm, check_decoder
@@ -103,6 +103,8 @@ class Config:
     """Batch rows of like length together, which saves padding."""
     gradient_accumulation: PositiveInt = 1
     """Batches an optimizer step."""
+    consensus: NonNegativeFloat = 0.0
+    """Weigh each training caption by this power of its agreement (CIDEr-D) with its photo's others; 0: all alike."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Clip the gradient to this norm; 0 does not."""
     precision: Precision = "float32"
@@ -157,7 +159,7 @@ def check_settings(cfg: Config) -> None:
         if cfg.val_cider and cfg.data is None and cfg.val_annotations is None:
             problems.append("val_cider: needs validation photos, none given")
     check(problems)
-    if cfg.val_cider:
+    if cfg.val_cider or cfg.consensus:
         find_java()
 
 
@@ -190,6 +192,20 @@ def resumed_state(cfg: Config) -> dict | None:
     return torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
 
 
+def consensus_weights(split: Split, power: float) -> list[dict[tuple[int, ...], float]]:
+    """What each caption counts: its agreement with its photo's others to that power; the mean of a photo's is 1.
+
+    The weighted cross-entropy of Phan et al. 2017, https://arxiv.org/abs/1712.09532, within each photo.
+    """
+    scores = consensus({photo.stem: list(photo.captions) for photo in split.photos})
+    weights = []
+    for own, ids in zip(scores.values(), split.captions):
+        counts = [score**power for score in own]
+        mean = sum(counts) / len(counts)
+        weights.append({tuple(c): count / mean if mean else 1.0 for c, count in zip(ids, counts)})
+    return weights
+
+
 # ------------------------------------------------------------------------------------------- training
 
 
@@ -207,7 +223,8 @@ class Trainer:
     def inputs(self, split: Split, batch: list[Row]) -> tuple[Tensor, Rows]:
         """Features of a batch's photos and its packed captions; pinned, where they go to a GPU."""
         features = split.features[[photo for photo, _ in batch]]
-        rows = pack_rows([captions for _, captions in batch], self.captioner.tokenizer.eos_token_id)
+        weights = split.weights and [[split.weights[i][tuple(c)] for c in captions] for i, captions in batch]
+        rows = pack_rows([captions for _, captions in batch], self.captioner.tokenizer.eos_token_id, weights=weights)
         pin = self.accelerator.device.type == "cuda"
         return (features.pin_memory(), rows.pin_memory()) if pin else (features, rows)
 
@@ -368,6 +385,8 @@ def main(cfg: Config) -> None:
             prepare_split(captioner, photos, cfg.features, cfg.skip_bad_photos) if photos else None
             for photos in (train_photos, val_photos)
         )
+    if cfg.consensus:
+        train.weights = consensus_weights(train, cfg.consensus)
     if state:
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))

@@ -15,6 +15,8 @@ class Split:
     features: Features
     captions: list[list[list[int]]]
     """Token ids of each photo's captions."""
+    weights: list[dict[tuple[int, ...], float]] | None = None
+    """What each of a photo's captions counts in the loss, by its token ids; without them all count 1."""
 
 
 Source = tuple[Path | None, Path | None]  # annotations, folder of photos

@@ -95,3 +95,14 @@ def cider(
     _, scores = Cider().compute_score(gold, hypotheses | {photo: [""] for photo in others})
     scores = scores[: len(scored)]
     return float(scores.mean()), dict(zip(scored, scores.tolist()))
+
+
+def consensus(captions: dict[str, list[str]]) -> dict[str, list[float]]:
+    """CIDEr-D of each of a photo's captions against its others: what people agree on scores high. Alone it is 0."""
+    from pycocoevalcap.cider.cider import Cider
+
+    tokens = ptb_tokenize(captions)
+    own = {(photo, i): [group[i]] for photo, group in tokens.items() for i in range(len(group))}
+    others = {(photo, i): tokens[photo][:i] + tokens[photo][i + 1 :] or [""] for photo, i in own}
+    scores = iter(Cider().compute_score(others, own)[1].tolist())
+    return {photo: [next(scores) for _ in group] for photo, group in captions.items()}

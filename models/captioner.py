@@ -81,6 +81,8 @@ class Rows:
     """(B, L) 1, 2, ... by caption, PADDING on padding."""
     supervised: Tensor
     """(N,) where in the flattened rows there is a label."""
+    weights: Tensor
+    """(N,) what each of these labels counts in the loss."""
 
     def pin_memory(self) -> "Rows":
         return Rows(*(getattr(self, field.name).pin_memory() for field in fields(self)))
@@ -90,8 +92,15 @@ class Rows:
         return Rows(*(getattr(self, field.name).to(device, non_blocking=at_once) for field in fields(self)))
 
 
-def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int, first: int | None = None) -> Rows:
+def pack_rows(
+    rows: Sequence[Sequence[Sequence[int]]],
+    eos: int,
+    first: int | None = None,
+    weights: Sequence[Sequence[float]] | None = None,
+) -> Rows:
     """Pack each photo's tokenised captions into one row; every caption begins behind `first`, EOS without it.
+
+    `weights` holds one for each caption; without them all count 1.
 
     >>> rows = pack_rows([[[5, 6, 7], [8]]], eos=0)
     >>> rows.input_ids.tolist(), rows.labels.tolist()
@@ -105,6 +114,7 @@ def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int, first: int | No
     labels = torch.full((len(rows), length), -100)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
     segments = torch.full((len(rows), length), PADDING)
+    counts = torch.ones(len(rows), length)
     for b, row in enumerate(rows):
         start = 0
         for number, caption in enumerate(row, start=1):
@@ -113,9 +123,11 @@ def pack_rows(rows: Sequence[Sequence[Sequence[int]]], eos: int, first: int | No
             labels[b, place] = torch.tensor([*caption, eos])
             positions[b, place] = torch.arange(len(caption) + 1)
             segments[b, place] = number
+            if weights:
+                counts[b, place] = weights[b][number - 1]
             start = place.stop
     supervised = (labels.flatten() != -100).nonzero()[:, 0]  # found here, since a GPU would have to be waited for
-    return Rows(input_ids, labels, positions, segments, supervised)
+    return Rows(input_ids, labels, positions, segments, supervised, counts.flatten()[supervised])
 
 
 def prefix_mask(segments: Tensor, image_tokens: int, dtype: torch.dtype) -> Tensor:
@@ -144,7 +156,7 @@ def packed_hidden(model: nn.Module, prefix: Tensor, rows: Rows) -> Tensor:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of `head(hidden)`, `chunk` positions at a time, the gradient formed in the same pass.
+    """Weighted sum of cross-entropies of `head(hidden)`, in chunks, the gradient formed in the same pass.
 
     The full logits (N, vocabulary) in float32 never exist: at GPT-2's vocabulary they would outweigh the model.
     """
@@ -152,15 +164,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     CHUNK = 256
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, labels: Tensor, head: nn.Module, *weights: Tensor) -> Tensor:
-        """(N, D) hidden states, (N,) labels; `weights` are the head's trainable parameters. -> () float32"""
+    def forward(ctx, hidden: Tensor, labels: Tensor, counts: Tensor, head: nn.Module, *weights: Tensor) -> Tensor:
+        """(N, D) hidden states, (N,) labels and what each counts; `weights` are the head's that train. -> () float32"""
         total = torch.zeros((), device=hidden.device)
         needed = any(ctx.needs_input_grad)
         hidden_grads, weight_grads = [], [torch.zeros_like(weight) for weight in weights]
-        for states, targets in zip(hidden.split(ChunkedCrossEntropy.CHUNK), labels.split(ChunkedCrossEntropy.CHUNK)):
+        for states, targets, count in zip(*(x.split(ChunkedCrossEntropy.CHUNK) for x in (hidden, labels, counts))):
             with torch.set_grad_enabled(needed):
                 states = states.detach().requires_grad_(needed)
-                loss = F.cross_entropy(head(states).float(), targets, reduction="sum")
+                loss = F.cross_entropy(head(states).float(), targets, reduction="none") @ count
             if needed:
                 states_grad, *grads = torch.autograd.grad(loss, [states, *weights])
                 hidden_grads.append(states_grad)
@@ -174,7 +186,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         hidden_grad, *weight_grads = ctx.saved_tensors
-        return hidden_grad * grad, None, None, *(weight_grad * grad for weight_grad in weight_grads)
+        return hidden_grad * grad, None, None, None, *(weight_grad * grad for weight_grad in weight_grads)
 
 
 class Captioner(nn.Module):
@@ -210,13 +222,13 @@ class Captioner(nn.Module):
         return self.projector(features).to(causal_lm(self.decoder).dtype)
 
     def forward(self, features: Tensor, rows: Rows) -> tuple[Tensor, int]:
-        """(B, P, D_image) features and B packed rows -> sum of the supervised losses, their number."""
+        """(B, P, D_image) features and B packed rows -> weighted sum of the supervised losses, their number."""
         image = self.prefix(features)
         hidden = self.hidden(image, rows)[:, image.shape[1] :].flatten(0, 1)
         head = causal_lm(self.decoder).get_output_embeddings()
         weights = [weight for weight in head.parameters() if weight.requires_grad and torch.is_grad_enabled()]
         states, labels = hidden[rows.supervised], rows.labels.flatten()[rows.supervised]
-        return ChunkedCrossEntropy.apply(states, labels, head, *weights), len(labels)
+        return ChunkedCrossEntropy.apply(states, labels, rows.weights, head, *weights), len(labels)
 
     def hidden(self, image: Tensor, rows: Rows) -> Tensor:
         """(B, P, D_text) image prefix and B packed rows of L tokens -> (B, P + L, D_text) final hidden states."""

@@ -12,7 +12,7 @@ import torch
 from common import UserError
 from evaluate import Config, fixed_point, main
 from metrics import cider as cider_module
-from metrics.cider import cider, find_java, ptb_tokenize
+from metrics.cider import cider, consensus, find_java, ptb_tokenize
 from metrics.clipscore import PhotoSide, clip_scores, encode_captions, load_clip, ref_clip_scores, tokenize
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +98,19 @@ def test_captions_without_words_score_zero_and_references_themselves_score_high(
     perfect, _ = cider({name: texts[:1] for name, texts in REFERENCES.items()},
                        {name: texts[0] for name, texts in REFERENCES.items()})
     assert perfect == pytest.approx(10.0, abs=1e-9)
+
+
+def test_consensus_is_the_score_of_a_caption_against_the_others_of_its_photo():
+    photos = {**REFERENCES, "alone": ["A kite."]}
+    scores = consensus(photos)
+    assert {photo: len(own) for photo, own in scores.items()} == {photo: len(own) for photo, own in photos.items()}
+    assert scores["alone"] == [0.0]
+    own = {f"{photo} {i}": group[i] for photo, group in photos.items() for i in range(len(group))}
+    others = {f"{photo} {i}": group[:i] + group[i + 1 :] or [""] for photo, group in photos.items()
+              for i in range(len(group))}
+    assert [score for group in scores.values() for score in group] == list(cider(others, own)[1].values())
+    agreed = consensus({"dog": ["a dog runs", "a dog runs fast", "what a day"], "car": ["a car", "a car", "a boat"]})
+    assert agreed["dog"][0] > agreed["dog"][2] == 0.0
 
 
 def test_without_java_one_line_says_what_to_install(monkeypatch):

@@ -50,14 +50,15 @@ def batch(tokenizer):
     return torch.randn(3, TOKENS, WIDTH), [[tokenizer(caption).input_ids for caption in row] for row in captions]
 
 
-def plain_loss(captioner, features, captions) -> torch.Tensor:
+def plain_loss(captioner, features, captions, weights=None) -> torch.Tensor:
     """Sum of the losses, each pair run alone: no packing, no padding, full logits."""
     lm, eos, total = captioner.decoder, captioner.tokenizer.eos_token_id, 0.0
-    for photo, row in zip(features, captions):
-        for caption in row:
+    for i, (photo, row) in enumerate(zip(features, captions)):
+        for k, caption in enumerate(row):
             words = lm.get_input_embeddings()(torch.tensor([[eos, *caption]]))
             logits = lm(inputs_embeds=torch.cat([captioner.projector(photo[None]), words], dim=1)).logits
-            total = total + F.cross_entropy(logits[0, len(photo) :], torch.tensor([*caption, eos]), reduction="sum")
+            loss = F.cross_entropy(logits[0, len(photo) :], torch.tensor([*caption, eos]), reduction="sum")
+            total = total + loss * (weights[i][k] if weights else 1)
     return total
 
 
@@ -91,6 +92,16 @@ def test_loss_and_gradients_equal_the_plain_form(make_captioner, batch, decoder,
     assert error_of(gradients(captioner, loss), expected) < 1e-5
 
 
+def test_a_weighted_caption_counts_so_much_in_loss_and_gradients(make_captioner, batch):
+    features, captions = batch
+    captioner, weights = make_captioner("gpt2"), [[0.5, 2.0, 0.0], [1.0], [1.5, 0.25]]
+    expected_loss = plain_loss(captioner, features, captions, weights)
+    expected = gradients(captioner, expected_loss)
+    loss, _ = captioner(features, pack_rows(captions, captioner.tokenizer.eos_token_id, weights=weights))
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert error_of(gradients(captioner, loss), expected) < 1e-5
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 10, 64])
 @pytest.mark.parametrize("trainable", [True, False])
 def test_chunked_cross_entropy_equals_torchs(monkeypatch, chunk, trainable):
@@ -99,8 +110,9 @@ def test_chunked_cross_entropy_equals_torchs(monkeypatch, chunk, trainable):
     head, hidden, labels = torch.nn.Linear(6, 30), torch.randn(10, 6, requires_grad=True), torch.randint(30, (10,))
     head.requires_grad_(trainable)
     weights = list(head.parameters()) if trainable else []
-    expected = F.cross_entropy(head(hidden), labels, reduction="sum")
-    loss = ChunkedCrossEntropy.apply(hidden, labels, head, *weights)
+    counts = torch.rand(10)
+    expected = (F.cross_entropy(head(hidden), labels, reduction="none") * counts).sum()
+    loss = ChunkedCrossEntropy.apply(hidden, labels, counts, head, *weights)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(
         torch.autograd.grad(loss * 0.3, [hidden, *weights]), torch.autograd.grad(expected * 0.3, [hidden, *weights])

@@ -22,11 +22,11 @@ import p2_inference
 import p2_train
 from common import MetricsLog, UserError, parse_config
 from data.ahead import ahead
-from data.annotations import find_photos, read_annotations
+from data.annotations import Photo, find_photos, read_annotations
 from data.batches import batch_tokens, epoch_batches
 from data.features import FeatureCache
 from data.images import open_photo
-from data.splits import prepare_split
+from data.splits import Split, prepare_split
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner
 from models.decoder import LoraConfig
 from models.encoder import FrozenEncoder, build_encoder
@@ -307,6 +307,28 @@ def test_a_run_learns_and_keeps_its_best(config, tmp_path):
     assert trainer.validation_loss() == pytest.approx(second, rel=1e-5)
     assert (cfg.output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((cfg.output / "config.yaml").read_text())["align"]["lr"] == 1e-2
+
+
+def test_consensus_weights_keep_a_photos_mean_and_favour_what_people_agree_on(config, data_root, tmp_path):
+    photos = [
+        Photo("dog", None, ("a dog runs", "a dog runs fast", "strange weather", "a dog runs")),
+        Photo("car", None, ("a red car", "a red car stands")),
+        Photo("alone", None, ("a kite",)),
+    ]
+    ids = [[[ord(letter) for letter in caption] for caption in photo.captions] for photo in photos]
+    split = Split(photos, None, ids)
+    shares = []
+    for power in (1.0, 2.0):
+        weights = [[own[tuple(c)] for c in captions] for own, captions in zip(
+            p2_train.consensus_weights(split, power), ids)]  # fmt: skip
+        assert [sum(own) / len(own) for own in weights] == pytest.approx([1, 1, 1])
+        assert weights[0][0] == weights[0][3] > weights[0][1] > weights[0][2] == 0
+        shares.append(weights[0][0])
+    assert shares[0] < shares[1]
+    plain, weighed = config(), config(consensus=1.0, output=tmp_path / "weighed")
+    p2_train.main(plain)
+    p2_train.main(weighed)
+    assert not same(learnt(plain.output / "last"), learnt(weighed.output / "last"))
 
 
 def test_resume_refuses_changed_settings_and_overwrite_starts_anew(config, monkeypatch):
