@@ -46,4 +46,4 @@ def test_its_captions_belong_to_their_photos(real_data, tmp_path):
     score, _ = cider(references, own, idf="full")
     other, _ = cider(references, read_predictions(shuffled(tmp_path / "val.json")), idf="full")
     assert score > 0.3 and score > 3 * other
-    assert score == pytest.approx(0.44, abs=0.15)
+    assert score == pytest.approx(0.5, abs=0.15)
