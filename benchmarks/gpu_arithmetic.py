@@ -66,7 +66,7 @@ def llava(tokens: int, past: int = 0) -> Products:
             cache.update(*(torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2)), layer)
         words = torch.zeros(PHOTOS, tokens, config.hidden_size, dtype=torch.bfloat16)
         with Products() as products:
-            lm(inputs_embeds=words, past_key_values=cache, logits_to_keep=1)
+            lm(inputs_embeds=words, cache=cache, logits_to_keep=1)
     return products
 
 

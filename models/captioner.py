@@ -265,14 +265,14 @@ class Captioner(nn.Module):
         image = self.prefix(features)
         # on a CPU a few photos at a time, so that what passes between layers stays in its caches
         parts = image.split(8) if image.device.type == "cpu" else [image]
-        caches = [lm.base_model(inputs_embeds=part, use_cache=True).past_key_values for part in parts]
+        caches = [lm.base_model(inputs_embeds=part, use_cache=True).cache for part in parts]
         # the image's places count; what id stands there does not, for its keys and values are in the cache
         ids = torch.full((len(image), image.shape[1] + 1), eos, device=image.device)
         with one_query_attention(lm):
             out = lm.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=with_room(caches, decoding.num_beams, decoding.max_new_tokens),
+                cache=with_room(caches, decoding.num_beams, decoding.max_new_tokens),
                 generation_config=generation_config(decoding, eos, pad=eos),
                 logits_processor=samplers(decoding, seeds),
             )

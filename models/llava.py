@@ -101,7 +101,7 @@ class Llava(nn.Module):
             out = self.model.generate(
                 input_ids=ids.repeat_interleave(count, dim=0),
                 attention_mask=mask.repeat_interleave(count, dim=0),
-                past_key_values=with_room([cache], count * first.num_beams, first.max_new_tokens),
+                cache=with_room([cache], count * first.num_beams, first.max_new_tokens),
                 generation_config=generation_config(first, self.eos, self.processor.tokenizer.pad_token_id),
                 logits_processor=LogitsProcessorList([InTurn([samplers(*one) for one in chosen.values()])]),
             )
@@ -116,7 +116,7 @@ class Llava(nn.Module):
             if value.shape == mask.shape:
                 short[name] = value[:, :-1]
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1]  # left padding takes no place
-        return self.model(**short, position_ids=positions, use_cache=True, logits_to_keep=1).past_key_values
+        return self.model(**short, position_ids=positions, use_cache=True, logits_to_keep=1).cache
 
 
 def check_model(model: str) -> list[str]:

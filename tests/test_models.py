@@ -355,11 +355,11 @@ def test_joined_caches_go_on_as_each_would_alone(window):
         num_key_value_heads=2, sliding_window=window, initializer_range=0.5,
     )).eval()  # fmt: skip
     prefix, words = torch.randint(50, (2, 9)), torch.randint(50, (6, 5))
-    cache = with_room([lm(row, use_cache=True).past_key_values for row in prefix.split(1)], repeats=3, more=5)
+    cache = with_room([lm(row, use_cache=True).cache for row in prefix.split(1)], repeats=3, more=5)
     expected = lm(torch.cat([prefix.repeat_interleave(3, dim=0), words], dim=1)).logits[:, -5:]
     kept = None if window else cache.layers[1].keys
     with one_query_attention(lm):
-        logits = [lm(words[:, step : step + 1], past_key_values=cache).logits for step in range(5)]
+        logits = [lm(words[:, step : step + 1], cache=cache).logits for step in range(5)]
     assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-4)
     assert window or cache.layers[1].keys is kept  # written in place
     assert lm.config._attn_implementation == "sdpa"
