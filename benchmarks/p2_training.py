@@ -32,8 +32,9 @@ from models.training import lighten
 CAPTIONS, SHORTEST, LONGEST, EOS = 5, 8, 20, 0  # a photo's captions, and their tokens
 
 
-# image tokens, width of an image token, rank of LoRA, photos a step
-SHAPES = {"gpt2": (257, 1024, 32, 2), "smollm2": (49, 1280, 16, 8)}
+# image tokens, width of an image token, rank of LoRA, photos a step on a CPU and on a GPU
+SHAPES = {"gpt2": (257, 1024, 32, {"cpu": 2, "cuda": 16}), "smollm2": (49, 1280, 16, {"cpu": 8, "cuda": 64})}
+FULL = (16, 64, 256)  # photos a bf16 step on a GPU, whose rate is told
 
 
 def build(name: str, device: torch.device) -> Captioner:
@@ -58,7 +59,7 @@ def draw(name: str, device: torch.device, photos: int | None = None) -> tuple[Te
     """(photos, P, D_image) random features, and five random captions of 8 to 20 tokens a photo."""
     rng = torch.Generator().manual_seed(0)
     tokens, width, _, usual = SHAPES[name]
-    photos = photos or usual
+    photos = photos or usual.get(device.type, 2)
     lengths = torch.randint(SHORTEST, LONGEST + 1, (photos, CAPTIONS), generator=rng)
     captions = [[torch.randint(1, 49152, (n,), generator=rng).tolist() for n in row] for row in lengths.tolist()]
     return torch.randn(photos, tokens, width, generator=rng).to(device), captions
@@ -117,6 +118,19 @@ def matmul_share(name: str, captioner: Captioner, features: Tensor, captions: li
     return seconds
 
 
+def rate(captioner: Captioner, features: Tensor, captions: list, rounds: int) -> None:
+    """Print how many captions a second a bf16 step of this size trains, and how many products a second."""
+    with Products() as products:
+        our_step(captioner, features, captions)
+    torch.cuda.reset_peak_memory_stats()
+    seconds, _ = interleaved({f"{len(captions)} photos": lambda: our_step(captioner, features, captions)}, rounds)
+    (step,) = seconds.values()
+    print(
+        f"{len(captions)} photos a step: {len(captions) * CAPTIONS / step:.0f} captions/s, "
+        f"{products.flops / step / 1e12:.0f} TFLOP/s of products, peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    )
+
+
 def make_step(form: str, device: torch.device, photos: int | None = None) -> tuple[Callable, Captioner, Tensor, list]:
     """A step of GPT-2's shape, plain, float32 or bf16, and what it is called with."""
     captioner, (features, captions) = build("gpt2", device), draw("gpt2", device, photos)
@@ -150,6 +164,10 @@ def main(cfg: Rounds) -> None:
     lighten(smollm2, torch.bfloat16, device)
     seconds |= matmul_share("smollm2", smollm2, *draw("smollm2", device), cfg.rounds)
     seconds |= in_loop(made["plain"][1], bf16, captions, device, cfg.rounds)
+    if device.type == "cuda":
+        del made, smollm2, grads
+        for photos in FULL:
+            rate(bf16, *draw("gpt2", device, photos), cfg.rounds)
 
     report(
         f"training step, {len(captions)} photos, {CAPTIONS} captions each, {SHAPES['gpt2'][0]} image tokens",

@@ -14,7 +14,8 @@ from common import pick_device, run, seed_everything
 from models.probe import probing
 
 TOKENS, IMAGE, CAPTION, FIRST = 616, 576, 20, 10  # the image's tokens begin behind a few of the prompt's
-LAYERS, HEADS, WIDTH = 32, 32, 1024  # LLaVA-1.5-7B's width is 4096
+LAYERS, HEADS = 32, 32
+WIDTHS = {"cpu": (1024, 2048), "cuda": (4096, 11008)}  # of a state and between its layers; LLaVA-1.5-7B's on a GPU
 
 
 @torch.inference_mode()
@@ -23,8 +24,10 @@ def main(cfg: Rounds) -> None:
 
     seed_everything(0)
     device = pick_device(cfg.device)
-    shape = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS}
-    model = LlamaModel(LlamaConfig(vocab_size=100, num_attention_heads=HEADS, **shape)).eval().to(device)
+    width, between = WIDTHS.get(device.type, WIDTHS["cpu"])
+    shape = {"hidden_size": width, "intermediate_size": between, "num_hidden_layers": LAYERS}
+    with device:
+        model = LlamaModel(LlamaConfig(vocab_size=100, num_attention_heads=HEADS, **shape)).eval()
     ids = torch.randint(100, (1, TOKENS), device=device)
     rows = torch.arange(TOKENS - CAPTION, TOKENS, device=device)[None]
     columns = torch.arange(FIRST, FIRST + IMAGE, device=device)[None]

@@ -246,7 +246,7 @@ def build_llava(tokenizer, vision: dict, text: dict, layer: int = -2):
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     ids |= {"pad_token_id": tokenizer.pad_token_id}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(vocab_size=len(tokenizer), **text, **ids),
+        vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**{"vocab_size": len(tokenizer)} | text | ids),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=layer,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)

@@ -161,7 +161,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     The full logits (N, vocabulary) in float32 never exist: at GPT-2's vocabulary they would outweigh the model.
     """
 
-    CHUNK = 256
+    CHUNKS = {"cpu": 256, "cuda": 4096}  # what fits into a CPU's caches; a GPU idles between small ones
 
     @staticmethod
     def forward(ctx, hidden: Tensor, labels: Tensor, counts: Tensor, head: nn.Module, *weights: Tensor) -> Tensor:
@@ -169,7 +169,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         needed = any(ctx.needs_input_grad)
         hidden_grads, weight_grads = [], [torch.zeros_like(weight) for weight in weights]
-        for states, targets, count in zip(*(x.split(ChunkedCrossEntropy.CHUNK) for x in (hidden, labels, counts))):
+        size = ChunkedCrossEntropy.CHUNKS.get(hidden.device.type, 256)
+        for states, targets, count in zip(*(x.split(size) for x in (hidden, labels, counts))):
             with torch.set_grad_enabled(needed):
                 states = states.detach().requires_grad_(needed)
                 loss = F.cross_entropy(head(states).float(), targets, reduction="none") @ count

@@ -39,6 +39,7 @@ def split_units(look: Look, tokenizer, unit: str = "word") -> list[Unit]:
     else:
         lone = False  # a mark alone belongs to the piece behind it
         for place, piece in enumerate(tokenizer.convert_ids_to_tokens(look.ids[:-1])):
+            piece = piece or ""  # an id of the model that the tokenizer does not have
             bare = re.sub("^[Ġ▁Ċ]+", "", piece)
             goes_on = bare[:1].isalnum() or bare[:1] == "'" or ord(bare[:1] or " ") > 127
             if not groups or not (lone or (bare == piece and goes_on)):
