@@ -69,7 +69,7 @@ def plain_loss(captioner, features, captions, weights=None) -> torch.Tensor:
 @pytest.mark.parametrize("form", ["packed", "one a row", "compiled"])
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_loss_and_gradients_equal_the_plain_form(make_captioner, batch, decoder, form, attention, monkeypatch):
-    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", 8)
+    monkeypatch.setitem(ChunkedCrossEntropy.CHUNKS, "cpu", 8)
     features, captions = batch
     captioner = make_captioner(decoder)
     expected_loss = plain_loss(captioner, features, captions)
@@ -105,7 +105,7 @@ def test_a_weighted_caption_counts_so_much_in_loss_and_gradients(make_captioner,
 @pytest.mark.parametrize("chunk", [1, 4, 10, 64])
 @pytest.mark.parametrize("trainable", [True, False])
 def test_chunked_cross_entropy_equals_torchs(monkeypatch, chunk, trainable):
-    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", chunk)
+    monkeypatch.setitem(ChunkedCrossEntropy.CHUNKS, "cpu", chunk)
     torch.manual_seed(0)
     head, hidden, labels = torch.nn.Linear(6, 30), torch.randn(10, 6, requires_grad=True), torch.randint(30, (10,))
     head.requires_grad_(trainable)
