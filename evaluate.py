@@ -18,10 +18,12 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from common import NothingDone, UserError, check_output, pick_device, run, write_json
-from data.annotations import Photo
+from common.config import NothingDone, UserError, run
+from common.device import pick_device
+from common.files import check_output, write_json
+from data.evaluation import MissingPolicy, Predicted, first_of, read_scored
 from data.features import FeatureCache
-from data.scored import MissingPolicy, Predicted, first_of, read_scored
+from data.photos import Photo
 from metrics import overlap
 from metrics.cider import cider, find_java
 from metrics.clipscore import (

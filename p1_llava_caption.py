@@ -16,12 +16,13 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 
-from common import Precision, UserError, check, library_versions, pick_device, run, torch_dtype
-from data.annotations import Photo, find_photos
+from common.config import UserError, check, run
+from common.device import Precision, library_versions, pick_device, torch_dtype
+from data.annotations import find_photos
 from data.journal import Journal, caption_journaled
-from models.captioner import Decoding, check_decoding
-from models.llava import PRESETS, PROMPT, Quantize, check_model, check_quantize, load_llava
-from models.sampling import photo_seed
+from data.photos import Photo
+from models.decoding import Decoding, check_decoding, photo_seed
+from models.vlm import PRESETS, PROMPT, Quantize, check_model, check_quantize, load_llava
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 
-from common import Precision, check, library_versions, pick_device, run, torch_dtype
-from data.annotations import Photo, find_photos
+from common.config import check, run
+from common.device import Precision, library_versions, pick_device, torch_dtype
+from data.annotations import find_photos
 from data.features import FeatureCache
 from data.journal import Journal, caption_journaled
-from models.captioner import Decoding, check_decoding
+from data.photos import Photo
 from models.checkpoint import find_checkpoint, load_captioner
-from models.sampling import photo_seed
+from models.decoding import Decoding, check_decoding, photo_seed
 
 
 @dataclass(frozen=True)

@@ -26,32 +26,25 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (
-    MetricsLog,
-    Precision,
-    UserError,
-    check,
-    pick_device,
-    run,
-    seed_everything,
-    torch_dtype,
-    written_whole,
-)
-from data.ahead import ahead
+from common.config import UserError, check, run
+from common.device import Precision, pick_device, seed_everything, torch_dtype
+from common.files import MetricsLog, written_whole
 from data.batches import Row, batch_tokens, epoch_batches
+from data.prefetch import prefetch
 from data.splits import Split, prepare_split, read_splits
 from metrics.cider import cider, consensus, find_java
-from models.captioner import Captioner, CaptionerConfig, Rows, build_captioner, pack_rows
+from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.checkpoint import find_checkpoint, load_trained, remove_checkpoint, restore_folder, save_captioner
 from models.decoder import DecoderConfig, LoraConfig, attending, causal_lm, check_decoder
 from models.encoder import EncoderConfig, check_encoder
+from models.packing import PackedBatch, pack_rows
 from models.projector import ProjectorConfig
 from models.training import (
     STAGES,
     Stage,
     check_stage,
     compile_layers,
-    lighten,
+    prepare_training,
     make_optimizer,
     make_schedule,
     set_trainable,
@@ -220,7 +213,7 @@ class Trainer:
         self.log = MetricsLog(cfg.output / "metrics.jsonl")
         self.model = captioner  # as accelerate wraps it, once a stage has begun
 
-    def inputs(self, split: Split, batch: list[Row]) -> tuple[Tensor, Rows]:
+    def inputs(self, split: Split, batch: list[Row]) -> tuple[Tensor, PackedBatch]:
         """Features of a batch's photos and its packed captions; pinned, where they go to a GPU."""
         features = split.features[[photo for photo, _ in batch]]
         weights = split.weights and [[split.weights[i][tuple(c)] for c in captions] for i, captions in batch]
@@ -228,12 +221,12 @@ class Trainer:
         pin = self.accelerator.device.type == "cuda"
         return (features.pin_memory(), rows.pin_memory()) if pin else (features, rows)
 
-    def loss(self, model, features: Tensor, rows: Rows) -> Tensor:
+    def loss(self, model, features: Tensor, rows: PackedBatch) -> Tensor:
         """Sum of the losses of a batch's supervised tokens."""
         device = self.accelerator.device
         return model(features.to(device, non_blocking=features.is_pinned()), rows.to(device))[0]
 
-    def ready(self, step: tuple[list[list[Row]], int]) -> tuple[list[list[Row]], int, list[tuple[Tensor, Rows]]]:
+    def ready(self, step: tuple[list[list[Row]], int]) -> tuple[list[list[Row]], int, list[tuple[Tensor, PackedBatch]]]:
         """An optimizer step, and the inputs of its batches."""
         own, tokens = step
         # every process must do its part of the exchange, so an empty batch borrows a row, at weight 0
@@ -271,7 +264,7 @@ class Trainer:
             order = 1000 * cfg.seed + 100 * list(STAGES).index(name) + epoch
             batches = epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row, order, cfg.bucket)
             count = min(epoch_steps, round(stage.epochs * epoch_steps) - epoch * epoch_steps)
-            steps = ahead(islice(self.optimizer_steps(batches), count), self.ready)
+            steps = prefetch(islice(self.optimizer_steps(batches), count), self.ready)
             bar = tqdm(steps, f"{name} {epoch + 1}/{math.ceil(stage.epochs)}", total=count, mininterval=1)
             start, captions, token_sum = time.monotonic(), 0, 0
             loss_sum = torch.zeros((), device=accelerator.device)
@@ -333,7 +326,7 @@ class Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         batches = epoch_batches(self.val.captions, self.cfg.batch_size, self.cfg.captions_per_row)
         own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        for inputs in tqdm(ahead(own, partial(self.inputs, self.val)), "validate", total=len(own), leave=False):
+        for inputs in tqdm(prefetch(own, partial(self.inputs, self.val)), "validate", total=len(own), leave=False):
             total += self.loss(self.captioner, *inputs)  # not as wrapped: no process waits for another
         return self.accelerator.reduce(total, "sum").item() / sum(map(batch_tokens, batches))
 
@@ -390,7 +383,7 @@ def main(cfg: Config) -> None:
     if state:
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
-    lighten(captioner, torch_dtype(cfg.precision), device)
+    prepare_training(captioner, torch_dtype(cfg.precision), device)
     if cfg.compile:
         compile_layers(captioner)
 

@@ -23,31 +23,21 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 from tqdm import tqdm
 
-from common import (
-    NothingDone,
-    Precision,
-    UserError,
-    check,
-    check_output,
-    pick_device,
-    run,
-    seed_everything,
-    torch_dtype,
-    write_json,
-)
-from data.annotations import Photo, find_photos, read_annotations
+from common.config import NothingDone, UserError, check, run
+from common.device import Precision, pick_device, seed_everything, torch_dtype
+from common.files import check_output, write_json
+from data.annotations import find_photos, read_annotations
 from data.features import FeatureCache
-from data.images import BadPhoto, load_photos
 from data.instances import Instances, read_instances
+from data.photos import BadPhoto, Photo, load_photos
 from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named
 from metrics.object_words import phrases
-from models.captioner import Decoding, check_decoding
+from models.attention import CaptionerEye, Eye, LlavaEye, Look
+from models.attribution import METHODS, Unit, split_units
 from models.checkpoint import find_checkpoint, load_captioner
+from models.decoding import Decoding, check_decoding, photo_seed
 from models.encoder import PatchGrid
-from models.heatmaps import METHODS, Unit, split_units
-from models.llava import PROMPT, Quantize, check_model, check_quantize, load_llava
-from models.probe import CaptionerEye, Eye, LlavaEye, Look
-from models.sampling import photo_seed
+from models.vlm import PROMPT, Quantize, check_model, check_quantize, load_llava
 from pages.heatmaps import Drawn, draw_methods, draw_words, reduced, write_heatmap_page
 
 DEFAULT = "rel"
@@ -262,7 +252,7 @@ def main(cfg: Config) -> None:
         write_heatmap_page(drawn, cfg.method, "Where each word looked", cfg.output / "index.html")
         print(f"{cfg.output}/index.html, and a PNG for each of {len(drawn)} photos")
     if grounded:
-        look_blindly(eye, grounded, table, cfg)
+        measure_random_weights(eye, grounded, table, cfg)
         content, text = table.summary(cfg.method)
         settings = json.loads(json.dumps(asdict(cfg), default=str))
         write_json(cfg.output / "grounding.json", content | {"settings": settings})
@@ -279,13 +269,13 @@ def look_all(eye: Eye, batch: list[tuple[Photo, Image.Image]], captions: list[li
     return eye.look(*zip(*pairs)) if pairs else []
 
 
-def look_blindly(
+def measure_random_weights(
     eye: Eye, grounded: dict[Photo, list[tuple[list[int], list[Named]]]], table: GroundingTable, cfg: Config
 ) -> None:
     """The control of random weights, drawn three times: the same captions read by one that has learnt nothing."""
     for draw in range(3):
         seed_everything(cfg.seed + draw)
-        eye.forget()
+        eye.randomize()
         for batch in decoded(list(grounded), cfg, "random weights"):
             captions = [[ids for ids, _ in grounded[photo]] for photo, _ in batch]
             looks = iter(look_all(eye, batch, captions))

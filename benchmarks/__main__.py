@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, check_output, library_versions, run, written_whole
+from common.config import UserError, run
+from common.device import library_versions
+from common.files import check_output, written_whole
 
 NAMES = ("p1_captioning", "p2_training", "p2_inference", "p3_attention", "scoring", "gpu_arithmetic")
 

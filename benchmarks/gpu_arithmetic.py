@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import Products
 from benchmarks.p2_training import make_step
-from common import run
+from common.config import run
 from models.decoder import causal_lm
 from models.encoder import EncoderConfig, build_encoder
 

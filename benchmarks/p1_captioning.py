@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import Rounds, interleaved, report
-from common import pick_device, run, seed_everything
+from common.config import run
+from common.device import pick_device, seed_everything
 from demo.standins import build_llava, llava_processor, train_llava_tokenizer
-from models.llava import PRESETS, PROMPT, Llava
-from models.sampling import generation_config, photo_seed, samplers
+from models.decoding import generation_config, photo_seed, samplers
+from models.vlm import PRESETS, PROMPT, Llava
 
 VISION = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
 VISION |= {"image_size": 336, "patch_size": 14}

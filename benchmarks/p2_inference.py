@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Rounds, interleaved, peak_memory, report
 from benchmarks.p2_training import EOS, build, draw
-from common import pick_device, run
-from models.captioner import Captioner, Decoding
+from common.config import run
+from common.device import pick_device
+from models.captioner import Captioner
 from models.decoder import merge_lora
+from models.decoding import Decoding
 
 WORDS = Decoding(max_new_tokens=20)
 PHOTOS, FEW = {"cpu": 64, "cuda": 512}, 8  # ours captions all in one batch, the plain forms the first few; times are compared a photo

@@ -20,14 +20,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.measure import Products, Rounds, interleaved, peak_memory, report
-from common import pick_device, run, seed_everything
-from data.annotations import Photo
+from common.config import run
+from common.device import pick_device, seed_everything
 from data.features import FeatureCache
-from models.captioner import Captioner, pack_rows
+from data.photos import Photo
+from models.captioner import Captioner
 from models.decoder import LoraConfig, add_lora
 from models.encoder import EncoderConfig, build_encoder
+from models.packing import pack_rows
 from models.projector import Projector, ProjectorConfig
-from models.training import lighten
+from models.training import prepare_training
 
 CAPTIONS, SHORTEST, LONGEST, EOS = 5, 8, 20, 0  # a photo's captions, and their tokens
 
@@ -136,7 +138,7 @@ def make_step(form: str, device: torch.device, photos: int | None = None) -> tup
     captioner, (features, captions) = build("gpt2", device), draw("gpt2", device, photos)
     if form == "plain":
         return plain_step, captioner, features.repeat_interleave(CAPTIONS, dim=0), captions
-    lighten(captioner, torch.bfloat16 if form == "bf16" else torch.float32, device)
+    prepare_training(captioner, torch.bfloat16 if form == "bf16" else torch.float32, device)
     return our_step, captioner, features, captions
 
 
@@ -161,7 +163,7 @@ def main(cfg: Rounds) -> None:
     _, bf16, features, captions = made["bf16"]
     seconds |= matmul_share("gpt2", bf16, features, captions, cfg.rounds)
     smollm2 = build("smollm2", device)
-    lighten(smollm2, torch.bfloat16, device)
+    prepare_training(smollm2, torch.bfloat16, device)
     seconds |= matmul_share("smollm2", smollm2, *draw("smollm2", device), cfg.rounds)
     seconds |= in_loop(made["plain"][1], bf16, captions, device, cfg.rounds)
     if device.type == "cuda":

@@ -10,8 +10,9 @@ those of eager attention.
 import torch
 
 from benchmarks.measure import Rounds, interleaved, report
-from common import pick_device, run, seed_everything
-from models.probe import probing
+from common.config import run
+from common.device import pick_device, seed_everything
+from models.attention import probing
 
 TOKENS, IMAGE, CAPTION, FIRST = 616, 576, 20, 10  # the image's tokens begin behind a few of the prompt's
 LAYERS, HEADS = 32, 32

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import Rounds, interleaved, report
-from common import pick_device, run, seed_everything
-from data.annotations import Photo
+from common.config import run
+from common.device import pick_device, seed_everything
 from data.features import FeatureCache
-from data.images import open_photo
+from data.photos import Photo, open_photo
 from demo import shapes
 from metrics.cider import cider, find_java, tokenize_lines
 from metrics.clipscore import Clip, PhotoSide, encode_captions, tokenize

@@ -16,22 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import UserError, check
-from data.images import PHOTO_SUFFIXES
+from common.config import UserError, check
+from data.photos import PHOTO_SUFFIXES, Photo
 
 FORMS = (
     "COCO captions or Karpathy's dataset as JSON, Flickr8k token lines (NAME.jpg#0<tab>caption), "
     "or CSV with the header image,caption"
 )
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A photo: its file's `stem` (the key of predictions), its `path` where known, and its reference captions."""
-
-    stem: str
-    path: Path | None
-    captions: tuple[str, ...] = ()
 
 
 @dataclass

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError, written_whole
-from data.annotations import Photo
-from data.images import BadPhoto, load_photos
+from common.config import UserError
+from common.files import written_whole
+from data.photos import BadPhoto, Photo, load_photos
 
 
 class Features:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common import UserError, check
+from common.config import UserError, check
 from data.annotations import read_text
 
 EXPECTED = "COCO instances: images, categories and annotations with a segmentation each"

@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from common import NothingDone, UserError, check_output
-from data.annotations import Photo
-from data.images import BadPhoto, load_photos
+from common.config import NothingDone, UserError
+from common.files import check_output
+from data.photos import BadPhoto, Photo, load_photos
 from data.predictions import write_predictions
 
 

@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import UserError, check, write_json
+from common.config import UserError, check
+from common.files import write_json
 from data.annotations import is_unicode, read_text
 
 

@@ -4,9 +4,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, check
-from data.annotations import Photo, find_data, names_splits, read_annotations
+from common.config import UserError, check
+from data.annotations import find_data, names_splits, read_annotations
 from data.features import FeatureCache, Features
+from data.photos import Photo
 
 
 @dataclass

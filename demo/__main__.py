@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import write_json
+from common.files import write_json
 from data.predictions import read_predictions
 from demo.shapes import pair_scores
 from pages.heatmaps import join_pages

@@ -24,7 +24,8 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from common import UserError, check, run, write_json
+from common.config import UserError, check, run
+from common.files import write_json
 
 SIZE = 192  # px, a whole multiple of the 64 px that the small CLIP sees
 CELL = 24  # px; things stand on the middles of cells, patches of that CLIP, so that a small model learns shapes fast

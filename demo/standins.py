@@ -20,13 +20,15 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import run, seed_everything, write_json
+from common.config import run
+from common.device import seed_everything
+from common.files import write_json
 from data.annotations import find_data, read_annotations
 from data.instances import read_instances
 from demo.shapes import is_made, made_whole, named_pairs
 from metrics.grounding import cover_on_grid
-from models.captioner import pack_rows, packed_hidden
-from models.llava import PROMPT, chat_prompt
+from models.packing import pack_rows, packed_hidden
+from models.vlm import PROMPT, chat_prompt
 
 CLIP = {
     "embed_dim": 128,

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from common import UserError
+from common.config import UserError
 
 
 @functools.cache

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common import UserError, weights_hash
+from common.config import UserError
+from common.device import weights_hash
 from models.hub import hub_or_cache, why
 
 if TYPE_CHECKING:

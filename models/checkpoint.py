@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common import UserError, check, config_from, write_json
+from common.config import UserError, check, config_from
+from common.files import write_json
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.decoder import check_decoder
 from models.encoder import check_encoder

@@ -11,7 +11,7 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from torch import nn
 
-from common import UserError
+from common.config import UserError
 from models import packaged
 from models.hub import hub_or_cache, means_folder, why
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common import UserError, weights_hash
+from common.config import UserError
+from common.device import weights_hash
 from models import packaged
 from models.hub import hub_or_cache, quiet, why
 

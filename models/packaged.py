@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import UserError
+from common.config import UserError
 
 PREFIX = "pip:"
 ENCODERS = {  # package: (timm's name, ending)

@@ -69,7 +69,7 @@ def set_trainable(captioner: Captioner, stage: str, lr: float) -> list[torch.nn.
     return trainable
 
 
-def lighten(captioner: Captioner, dtype: torch.dtype, device: torch.device) -> None:
+def prepare_training(captioner: Captioner, dtype: torch.dtype, device: torch.device) -> None:
     """Make a training step cheap: frozen weights in `dtype`, adapters and GELU fused, `device`'s fastest attention."""
     for _, parameter in parts_of(captioner)["decoder"]:  # in 16 bits once, not cast anew at each step
         parameter.data = parameter.data.to(dtype)

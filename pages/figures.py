@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common import written_whole
+from common.files import written_whole
 
 
 def plot_losses(rows: list[dict], file: Path) -> None:

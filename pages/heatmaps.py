@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
-from common import written_whole
+from common.files import written_whole
+from models.attribution import ABOUT, Unit
 from models.encoder import PatchGrid
-from models.heatmaps import ABOUT, Unit
 from pages.page import data_uri, read_page, write_page
 
 COLOURS = "viridis"  # even in lightness, and told apart by colour-blind eyes

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from common import written_whole
+from common.files import written_whole
 
 HERE = Path(__file__).parent
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from data.annotations import Photo
-from data.images import BadPhoto, load_photos
-from data.scored import Predicted
+from data.evaluation import Predicted
+from data.photos import BadPhoto, Photo, load_photos
 from pages.page import data_uri, write_page
 
 THUMBNAIL = 112  # px

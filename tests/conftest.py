@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no test downloads
 
-from common import write_json
+from common.files import write_json
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.decoder import DecoderConfig, LoraConfig
 from models.encoder import EncoderConfig

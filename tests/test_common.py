@@ -10,7 +10,9 @@ from typing import Literal
 import pytest
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from common import MetricsLog, UserError, check, check_output, field_types, parse_config, pick_device, written_whole
+from common.config import UserError, check, field_types, parse_config
+from common.device import pick_device
+from common.files import MetricsLog, check_output, written_whole
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ SCRIPT = """
 import os, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
 from dataclasses import dataclass
-from common import NothingDone, UserError, run
+from common.config import NothingDone, UserError, run
 @dataclass(frozen=True)
 class Config:
     how: str = "well"

@@ -1,7 +1,6 @@
 """Each script on a GPU, beside what it does on the CPU; skipped where there is none."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import p1_llava_caption
 import p2_inference
 import p2_train
 import p3_visualize
-from common import MetricsLog
+from common.files import MetricsLog
 from data.predictions import read_predictions
 from models.training import Stage
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common import UserError
+from common.config import UserError
 from data import images as data_images
-from data.annotations import Photo, find_data, find_photos, read_annotations
-from data.images import BadPhoto, load_photos, open_photo
+from data.annotations import find_data, find_photos, read_annotations
+from data.photos import BadPhoto, Photo, load_photos, open_photo
 from data.predictions import meta_path, read_predictions, write_predictions
 
 CAPTIONS = {
@@ -391,7 +391,7 @@ def test_bad_photos_say_why(tmp_path):
 def test_a_large_photo_and_damaged_exif_are_read_without_a_warning(tmp_path):
     Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")  # PIL warns from 89 million pixels on
     gradient().save(tmp_path / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", quality=95, subsampling=0)
-    code = "import sys; from pathlib import Path; from data.images import open_photo\n" \
+    code = "import sys; from pathlib import Path; from data.photos import open_photo\n" \
            "for name in sys.argv[1:]: print(open_photo(Path(name)).size)"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png", tmp_path / "exif.jpg"],
                           capture_output=True, text=True)

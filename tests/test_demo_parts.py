@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from common import UserError
+from common.config import UserError
 from demo import shapes, standins
-from models.captioner import pack_rows
-from models.llava import PROMPT, load_llava
+from models.packing import pack_rows
+from models.vlm import PROMPT, load_llava
 
 TRAIN, VAL = 60, 30
 WHERE = {phrase: name for name, phrases in shapes.WORDS.items() for phrase in phrases}

@@ -7,13 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from common import NothingDone, UserError
+from common.config import NothingDone, UserError
 from data.annotations import find_photos
 from data.journal import Journal, caption_journaled
 from data.predictions import write_predictions
-from models.captioner import Decoding
 from models.decoder import causal_lm, fuse_lora
-from models.sampling import photo_seed
+from models.decoding import Decoding, photo_seed
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ def test_sampling_heeds_the_photo_alone(make_captioner):
 
 def test_sampling_draws_from_the_distribution():
     """10,000 rows of one distribution: frequencies within four standard errors."""
-    from models.sampling import samplers
+    from models.decoding import samplers
 
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     process = samplers(Decoding(do_sample=True), range(10_000))

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from common import UserError
+from common.config import UserError
 from models import packaged
-from models.captioner import ChunkedCrossEntropy, Decoding, build_captioner, pack_rows
+from models.captioner import build_captioner
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner, save_captioner
 from models.decoder import DecoderConfig, causal_lm, check_decoder, fuse_lora, load_decoder
+from models.decoding import Decoding, one_query_attention, until_eos, with_room
 from models.encoder import EncoderConfig, PhotoTransform, build_encoder
-from models.kv_cache import one_query_attention, with_room
+from models.packing import ChunkedCrossEntropy, pack_rows
 from models.projector import ProjectorConfig
-from models.sampling import until_eos
-from models.training import Stage, compile_layers, lighten, make_optimizer, make_schedule
+from models.training import Stage, compile_layers, prepare_training, make_optimizer, make_schedule
 
 DECODERS = ["gpt2", "llama"]
 TOKENS, WIDTH = 17, 32  # of the tiny CLIP: 16 patches and the class token
@@ -74,7 +74,7 @@ def test_loss_and_gradients_equal_the_plain_form(make_captioner, batch, decoder,
     captioner = make_captioner(decoder)
     expected_loss = plain_loss(captioner, features, captions)
     expected = gradients(captioner, expected_loss)
-    lighten(captioner, torch.float32, torch.device("cpu"))
+    prepare_training(captioner, torch.float32, torch.device("cpu"))
     causal_lm(captioner.decoder).set_attn_implementation(attention)
     if form == "compiled":  # for gradients alone: to make machine code of it takes minutes
         compile_layer = torch.nn.Module.compile

@@ -17,15 +17,16 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-import common
+import common.config
 import p2_inference
 import p2_train
-from common import MetricsLog, UserError, parse_config
-from data.ahead import ahead
-from data.annotations import Photo, find_photos, read_annotations
+from common.config import UserError, parse_config
+from common.files import MetricsLog
+from data.annotations import find_photos, read_annotations
 from data.batches import batch_tokens, epoch_batches
 from data.features import FeatureCache
-from data.images import open_photo
+from data.photos import Photo, open_photo
+from data.prefetch import prefetch
 from data.splits import Split, prepare_split
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner
 from models.decoder import LoraConfig
@@ -104,7 +105,7 @@ def run_script(module, monkeypatch, *args) -> int:
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest's own handlers stay
     try:
-        common.run(module.main, module.Config)
+        common.config.run(module.main, module.Config)
     except SystemExit as end:
         return end.code
     return 0
@@ -190,11 +191,11 @@ def test_one_item_is_prepared_ahead_in_order():
         begun.append(item)
         return 10 // item
 
-    for item, ready in zip((1, 2, 5), ahead(iter([1, 2, 5, 0, 7]), prepare)):
+    for item, ready in zip((1, 2, 5), prefetch(iter([1, 2, 5, 0, 7]), prepare)):
         assert ready == 10 // item and begun[0] == 1 and len(begun) <= begun.index(item) + 2
     with pytest.raises(ZeroDivisionError):
-        list(ahead([1, 0], prepare))
-    assert list(ahead([], prepare)) == []
+        list(prefetch([1, 0], prepare))
+    assert list(prefetch([], prepare)) == []
 
 
 def test_features_are_encoded_once_and_survive_a_kill(captioner_config, data_root, tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 import p3_visualize
-from common import NothingDone, UserError, write_json
+from common.config import NothingDone, UserError
+from common.files import write_json
+from models.attribution import METHODS
 from models.checkpoint import save_captioner
-from models.heatmaps import METHODS
 from p3_visualize import Config
 
 CAPTIONS = {"one": "a red box on a blue wall", "two": "the red box", "three": "a photo of a <b>box</b>"}
@@ -198,8 +199,8 @@ def test_the_page_at_work(browser, scene):
 
 def test_fifty_photos_are_under_ten_megabytes_and_open_in_a_second(browser, tmp_path):
     """Photos of COCO's size, 24 x 24 patches and 12 words, as of LLaVA-1.5."""
+    from models.attribution import Unit
     from models.encoder import PatchGrid
-    from models.heatmaps import Unit
     from pages.heatmaps import Drawn, write_heatmap_page
 
     rng = np.random.default_rng(0)

@@ -2,15 +2,12 @@
 
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.ahead import ahead
-
-if TYPE_CHECKING:
-    from data.annotations import Photo
+from data.prefetch import prefetch
 
 PHOTO_SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split()
@@ -25,6 +22,15 @@ MAX_PIXELS = 178_956_970
 # Damaged EXIF and large photos make PIL warn though the photo reads well. A filter that stands, since
 # `warnings.catch_warnings` around each photo would swap the whole process's filters under the other threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo: its file's `stem` (the key of predictions), its `path` where known, and its reference captions."""
+
+    stem: str
+    path: Path | None
+    captions: tuple[str, ...] = ()
 
 
 class BadPhoto(Exception):
@@ -84,15 +90,15 @@ def _grey8(image: Image.Image) -> Image.Image:
     return Image.fromarray(numpy.round((grey - low) / ((high - low) or 1) * 255).astype(numpy.uint8))
 
 
-def load_photos(photos: "Iterable[Photo]", workers: int = 2) -> "Iterator[tuple[Photo, Image.Image | BadPhoto]]":
+def load_photos(photos: Iterable[Photo], workers: int = 2) -> Iterator[tuple[Photo, Image.Image | BadPhoto]]:
     """Yield (photo, its RGB image or the BadPhoto that says why not) in order, decoding ahead in `workers` threads.
 
     At most 2 * workers photos are in memory besides the one in use; with 0 workers each is decoded when asked for.
     """
-    yield from ahead(photos, lambda photo: (photo, _image_or_reason(photo)), workers, 2 * workers)
+    yield from prefetch(photos, lambda photo: (photo, _image_or_reason(photo)), workers, 2 * workers)
 
 
-def _image_or_reason(photo: "Photo") -> "Image.Image | BadPhoto":
+def _image_or_reason(photo: Photo) -> Image.Image | BadPhoto:
     if photo.path is None:
         return BadPhoto(Path(photo.stem), "its file is not known; name the folder of the photos")
     try:

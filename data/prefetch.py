@@ -9,7 +9,7 @@ from typing import TypeVar
 Item, Ready = TypeVar("Item"), TypeVar("Ready")
 
 
-def ahead(
+def prefetch(
     items: Iterable[Item], prepare: Callable[[Item], Ready], workers: int = 1, waiting: int = 1
 ) -> Iterator[Ready]:
     """`prepare(item)` for each item in turn, up to `waiting` of them begun before they are asked for.

@@ -19,11 +19,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from common import UserError
-from models.captioner import Captioner, Decoding, pack_rows
+from common.config import UserError
+from models.captioner import Captioner
 from models.decoder import causal_lm
+from models.decoding import Decoding
 from models.encoder import PatchGrid, PhotoTransform
-from models.llava import Llava
+from models.packing import pack_rows
+from models.vlm import Llava
 
 NAME = "probe"
 
@@ -190,7 +192,7 @@ def look_llava(llava: Llava, images: Sequence[Image.Image], captions: Sequence[S
 # ------------------------------------------------------------------------------------------- one form for both
 
 
-def forget(module: nn.Module) -> None:
+def randomize(module: nn.Module) -> None:
     """Draw every matrix, kernel and class token anew; norms and biases stay, without which nothing is told apart."""
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1 or "class_embedding" in name:
@@ -232,9 +234,9 @@ class CaptionerEye:
     def look(self, photos: Sequence, images: Sequence[Image.Image], captions: Sequence[Sequence[int]]) -> list[Look]:
         return look_captioner(self.captioner, self.see(photos, images), captions)
 
-    def forget(self) -> None:
+    def randomize(self) -> None:
         """Let all weights be random."""
-        forget(self.captioner)
+        randomize(self.captioner)
         self.see = self._encode  # what the cache holds is of the weights that were
 
 
@@ -274,9 +276,9 @@ class LlavaEye:
     def look(self, photos: Sequence, images: Sequence[Image.Image], captions: Sequence[Sequence[int]]) -> list[Look]:
         return look_llava(self.llava, images, captions)
 
-    def forget(self) -> None:
+    def randomize(self) -> None:
         """Let all weights be random."""
-        forget(self.llava.model)
+        randomize(self.llava.model)
 
 
 Eye = CaptionerEye | LlavaEye

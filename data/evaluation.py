@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import UserError, check
-from data.annotations import Photo, find_data, read_annotations
+from common.config import UserError, check
+from data.annotations import find_data, read_annotations
+from data.photos import Photo
 from data.predictions import meta_path, read_predictions
 
 LONG = 100  # words; a captioner that repeats itself without end

@@ -1,4 +1,4 @@
-"""What every script shares: its command line, its exit codes, seeding, devices and the metrics log.
+"""The command line of every script: its settings, their help and their faults, and its exit codes.
 
 A script ends with `run(main, Config)`. Exit codes: 0 done; 2 the user's mistake (one line on stderr);
 3 nothing could be done; 130 / 143 stopped by SIGINT / SIGTERM, with its work saved.
@@ -7,22 +7,17 @@ A script ends with `run(main, Config)`. Exit codes: 0 done; 2 the user's mistake
 import dataclasses
 import difflib
 import json
-import os
-import random
 import re
 import signal
 import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-
-Precision = typing.Literal["float32", "bf16", "fp16"]
 
 
 class UserError(Exception):
@@ -39,8 +34,6 @@ def check(problems: Sequence[str], shown: int = 5) -> None:
         rest = len(problems) - shown
         raise UserError("; ".join(problems[:shown]) + (f"; and {rest} more" if rest > 0 else ""))
 
-
-# ------------------------------------------------------------------------------------------- command line
 
 
 def parse_config(Config: type[T], args: Sequence[str] | None = None, aliases: dict[str, str] | None = None) -> T:
@@ -201,119 +194,3 @@ def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | No
         sys.exit(3)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-# ------------------------------------------------------------------------------------------- files
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` and move it there when the block ends well: readers never see half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Write `value` as UTF-8 JSON in one atomic step."""
-    with written_whole(path) as part:
-        part.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
-
-
-def check_output(path: Path, overwrite: bool, key: str = "output") -> None:
-    """Make the folder of `path`. Raises UserError where `path` cannot be written, or exists without `overwrite`."""
-    if path.is_dir():
-        raise UserError(f"{key}: {path} is a folder; expected the name of a file")
-    if path.exists() and not overwrite:
-        raise UserError(f"{key}: {path} exists; give another name, or --overwrite to replace it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key}: {path} cannot be written: {error.strerror}") from None
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{key}: {path} cannot be written: no permission")
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, flushed at once, so that a killed run keeps what it measured."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def append(self, **figures: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
-
-    def keep(self, count: int) -> None:
-        """Drop all but the first `count` rows."""
-        rows = self.rows()[:count]
-        with written_whole(self.path) as part:
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-    def rows(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")  # a full disk leaves half a line
-        return [json.loads(line) for line in whole.splitlines()]
-
-
-# ------------------------------------------------------------------------------------------- devices
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that results depend on, for files that say how they were made."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "peft", "timm", "open_clip_torch")}
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's global generators."""
-    import numpy
-    import torch
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**63)
-
-
-def pick_device(name: str):
-    """`auto` is CUDA where it is there, else Apple's MPS, else the CPU; any other name is torch's own.
-
-    Raises UserError where torch does not know the name or the device is not there.
-    """
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"device: {name!r} is not available on this machine") from None
-    return device
-
-
-def weights_hash(about: str, net) -> str:
-    """Hash of every weight of a torch module and of `about`, which says what else decides its output."""
-    import hashlib
-
-    import torch
-
-    digest = hashlib.blake2b(about.encode(), digest_size=10)
-    for name, tensor in net.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def torch_dtype(precision: Precision):
-    """The torch dtype of a `precision` setting."""
-    import torch
-
-    return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

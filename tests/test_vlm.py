@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import p1_llava_caption
-from common import NothingDone, UserError
+from common.config import NothingDone, UserError
 from data.annotations import find_photos
-from data.images import open_photo
+from data.photos import open_photo
 from data.predictions import read_predictions
 
 
@@ -66,7 +66,7 @@ def test_sampled_captions_heed_neither_batch_nor_break(llava_folder, photos, tmp
             raise KeyboardInterrupt
         return inputs(self, images)
 
-    monkeypatch.setattr("models.llava.Llava.inputs", stop_at_the_third)
+    monkeypatch.setattr("models.vlm.Llava.inputs", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         caption(llava_folder, photos, tmp_path / "broken.json", batch_size=3, decoding=presets)
     caption(llava_folder, photos, tmp_path / "broken.json", batch_size=2, decoding=presets)

@@ -8,11 +8,11 @@ from PIL import Image
 from metrics import grounding
 from metrics.grounding import GroundingTable, Named, auroc, cover_on_grid, find_named, ground
 from metrics.statistics import interval
-from models.captioner import Decoding
+from models.attention import CaptionerEye, LlavaEye, look_captioner, look_llava, probing
+from models.attribution import METHODS, against_others, joined, smoothed, split_units
 from models.decoder import causal_lm
-from models.heatmaps import METHODS, against_others, joined, smoothed, split_units
-from models.llava import PROMPT, load_llava
-from models.probe import CaptionerEye, LlavaEye, look_captioner, look_llava, probing
+from models.decoding import Decoding
+from models.vlm import PROMPT, load_llava
 
 IDS = [[5, 9, 13, 7, 11], [14], [8, 8, 12]]
 
@@ -130,7 +130,7 @@ def test_random_weights_have_forgotten(make_captioner, llava_folder):
     ):
         image = [Image.effect_noise((64, 48), 80).convert("RGB")]
         before = eye.look([None], image, [[6, 7]])[0]
-        eye.forget()
+        eye.randomize()
         after = eye.look([None], image, [[6, 7]])[0]
         assert np.isfinite(after.mean).all() and np.abs(after.lens - before.lens).max() > 0.01
 

@@ -14,11 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from common import UserError
-from models.captioner import Decoding
+from common.config import UserError
+from models.decoding import Decoding, InTurn, generation_config, one_query_attention, samplers, until_eos, with_room
 from models.hub import hub_or_cache, means_folder, quiet, why
-from models.kv_cache import one_query_attention, with_room
-from models.sampling import InTurn, generation_config, samplers, until_eos
 
 # Published settings of the three decodings.
 PRESETS = {

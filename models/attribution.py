@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.probe import Look
+from models.attention import Look
 
 BAND = (0.4, 0.6)  # of the depth: in middle layers words attend to what they name
 SINK = 20.0  # a patch whose median over words is so many times the median patch's takes attention whatever the word

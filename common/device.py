@@ -1,0 +1,61 @@
+"""Devices, precision, random seeds, and the versions of the libraries that results depend on."""
+
+import random
+import typing
+
+from common.config import UserError
+
+Precision = typing.Literal["float32", "bf16", "fp16"]
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on, for files that say how they were made."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "peft", "timm", "open_clip_torch")}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's global generators."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed % 2**63)
+
+
+def pick_device(name: str):
+    """`auto` is CUDA where it is there, else Apple's MPS, else the CPU; any other name is torch's own.
+
+    Raises UserError where torch does not know the name or the device is not there.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device: {name!r} is not available on this machine") from None
+    return device
+
+
+def weights_hash(about: str, net) -> str:
+    """Hash of every weight of a torch module and of `about`, which says what else decides its output."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.blake2b(about.encode(), digest_size=10)
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def torch_dtype(precision: Precision):
+    """The torch dtype of a `precision` setting."""
+    import torch
+
+    return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

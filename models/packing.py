@@ -1,0 +1,137 @@
+"""Captions of one photo behind one image prefix: packed rows, their mask, and the loss in chunks.
+
+Captions of one photo share its prefix in one row, each with its own positions and a mask that hides its neighbours, so
+that the gradients equal those of one row a pair (the same packing as for language models, arXiv 2107.02027).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IMAGE, PADDING = 0, -1  # segments; captions are 1, 2, ...
+
+
+@dataclass
+class PackedBatch:
+    """Packed captions, one photo a row; L is the longest row's number of text tokens, the image prefix not counted."""
+
+    input_ids: Tensor
+    """(B, L) EOS and caption, EOS and caption, ..., padding."""
+    labels: Tensor
+    """(B, L) the next token of each, -100 on padding."""
+    positions: Tensor
+    """(B, L) place behind the image prefix: 0 at each caption's first EOS."""
+    segments: Tensor
+    """(B, L) 1, 2, ... by caption, PADDING on padding."""
+    supervised: Tensor
+    """(N,) where in the flattened rows there is a label."""
+    weights: Tensor
+    """(N,) what each of these labels counts in the loss."""
+
+    def pin_memory(self) -> "PackedBatch":
+        return PackedBatch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        at_once = self.labels.is_pinned()
+        return PackedBatch(*(getattr(self, field.name).to(device, non_blocking=at_once) for field in fields(self)))
+
+
+def pack_rows(
+    rows: Sequence[Sequence[Sequence[int]]],
+    eos: int,
+    first: int | None = None,
+    weights: Sequence[Sequence[float]] | None = None,
+) -> PackedBatch:
+    """Pack each photo's tokenised captions into one row; every caption begins behind `first`, EOS without it.
+
+    `weights` holds one for each caption; without them all count 1.
+
+    >>> rows = pack_rows([[[5, 6, 7], [8]]], eos=0)
+    >>> rows.input_ids.tolist(), rows.labels.tolist()
+    ([[0, 5, 6, 7, 0, 8]], [[5, 6, 7, 0, 8, 0]])
+    >>> rows.positions.tolist(), rows.segments.tolist()
+    ([[0, 1, 2, 3, 0, 1]], [[1, 1, 1, 1, 2, 2]])
+    """
+    first = eos if first is None else first
+    length = max(sum(len(caption) + 1 for caption in row) for row in rows)
+    input_ids = torch.full((len(rows), length), eos)
+    labels = torch.full((len(rows), length), -100)
+    positions = torch.zeros(len(rows), length, dtype=torch.long)
+    segments = torch.full((len(rows), length), PADDING)
+    counts = torch.ones(len(rows), length)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, caption in enumerate(row, start=1):
+            place = slice(start, start + len(caption) + 1)
+            input_ids[b, place] = torch.tensor([first, *caption])
+            labels[b, place] = torch.tensor([*caption, eos])
+            positions[b, place] = torch.arange(len(caption) + 1)
+            segments[b, place] = number
+            if weights:
+                counts[b, place] = weights[b][number - 1]
+            start = place.stop
+    supervised = (labels.flatten() != -100).nonzero()[:, 0]  # found here, since a GPU would have to be waited for
+    return PackedBatch(input_ids, labels, positions, segments, supervised, counts.flatten()[supervised])
+
+
+def prefix_mask(segments: Tensor, image_tokens: int, dtype: torch.dtype) -> Tensor:
+    """(B, L) segments -> (B, 1, P + L, P + L) additive mask: causal; a caption sees the image and itself."""
+    full = F.pad(segments, (image_tokens, 0), value=IMAGE)
+    length = full.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=full.device).tril()
+    seen = causal & ((full[:, None, :] == IMAGE) | (full[:, None, :] == full[:, :, None]))
+    return torch.zeros(seen.shape, dtype=dtype, device=full.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def packed_hidden(model: nn.Module, prefix: Tensor, rows: PackedBatch) -> Tensor:
+    """(B, P, D) prefix embeddings and B packed rows of L tokens -> (B, P + L, D) final hidden states.
+
+    `model` is a transformers language model without its head.
+    """
+    length = prefix.shape[1]
+    inputs = torch.cat([prefix, model.get_input_embeddings()(rows.input_ids)], dim=1)
+    positions = torch.arange(length, device=prefix.device).expand(len(prefix), -1)
+    return model(
+        inputs_embeds=inputs,
+        attention_mask=prefix_mask(rows.segments, length, inputs.dtype),
+        position_ids=torch.cat([positions, length + rows.positions], dim=1),
+        use_cache=False,
+    ).last_hidden_state
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Weighted sum of cross-entropies of `head(hidden)`, in chunks, the gradient formed in the same pass.
+
+    The full logits (N, vocabulary) in float32 never exist: at GPT-2's vocabulary they would outweigh the model.
+    """
+
+    CHUNKS = {"cpu": 256, "cuda": 4096}  # what fits into a CPU's caches; a GPU idles between small ones
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, labels: Tensor, counts: Tensor, head: nn.Module, *weights: Tensor) -> Tensor:
+        """(N, D) hidden states, (N,) labels and what each counts; `weights` are the head's that train. -> () float32"""
+        total = torch.zeros((), device=hidden.device)
+        needed = any(ctx.needs_input_grad)
+        hidden_grads, weight_grads = [], [torch.zeros_like(weight) for weight in weights]
+        size = ChunkedCrossEntropy.CHUNKS.get(hidden.device.type, 256)
+        for states, targets, count in zip(*(x.split(size) for x in (hidden, labels, counts))):
+            with torch.set_grad_enabled(needed):
+                states = states.detach().requires_grad_(needed)
+                loss = F.cross_entropy(head(states).float(), targets, reduction="none") @ count
+            if needed:
+                states_grad, *grads = torch.autograd.grad(loss, [states, *weights])
+                hidden_grads.append(states_grad)
+                for sum_, grad in zip(weight_grads, grads):
+                    sum_ += grad
+            total += loss.detach()
+        if needed:
+            ctx.save_for_backward(torch.cat(hidden_grads), *weight_grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        hidden_grad, *weight_grads = ctx.saved_tensors
+        return hidden_grad * grad, None, None, None, *(weight_grad * grad for weight_grad in weight_grads)
