@@ -108,8 +108,10 @@ def check_settings(cfg: Config) -> None:
     if cfg.quantize != "none" and not cfg.model:
         problems.append(f"quantize: {cfg.quantize} is for a LLaVA; expected model with it")
     if cfg.instances and (cfg.quantize != "none" or cfg.unit == "token"):
-        problems.append("instances: grounding is of words, and its controls draw weights anew; expected unit word and "
-                        "quantize none with it")
+        problems.append(
+            "instances: grounding is of words, and its controls draw weights anew; expected unit word and "
+            "quantize none with it"
+        )
     if cfg.scores and cfg.top + cfg.bottom == 0:
         problems.append("scores: with top 0 and bottom 0 no photo is left; expected one of them higher")
     if cfg.output.resolve() == cfg.images.resolve():

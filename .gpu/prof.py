@@ -1,9 +1,9 @@
 import sys; sys.path.insert(0, ".")
 import torch
 from benchmarks.p2_training import build, draw, our_step
-from models.training import lighten
+from models.training import prepare_training
 from torch.profiler import profile, ProfilerActivity
-d = torch.device("cuda"); c = build("gpt2", d); lighten(c, torch.bfloat16, d)
+d = torch.device("cuda"); c = build("gpt2", d); prepare_training(c, torch.bfloat16, d)
 f, k = draw("gpt2", d, 64)
 import time
 def t(label):
@@ -26,7 +26,7 @@ c = c2; t("peft's LoRA, unfused GELU, sdpa")
 from models.decoder import fuse_gelu
 fuse_gelu(c.decoder); t("peft's LoRA, fused GELU, sdpa")
 mc.ChunkedCrossEntropy.CHUNK = 4096
-c = build("gpt2", d); lighten(c, torch.bfloat16, d); t("ours, cross entropy chunks of 4096")
+c = build("gpt2", d); prepare_training(c, torch.bfloat16, d); t("ours, cross entropy chunks of 4096")
 mc.ChunkedCrossEntropy.CHUNK = 256
 # flex attention
 try:

@@ -25,7 +25,12 @@ VISION |= {"image_size": 336, "patch_size": 14}
 TEXT = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
 PHOTOS, BATCH = 24, 8  # photos of random pixels, and how many ours takes at a time
 # on a GPU: LLaVA-1.5-7B's shape in bf16
-VISION_7B = VISION | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+VISION_7B = VISION | {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
 TEXT_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 TEXT_7B |= {"vocab_size": 32064, "max_position_embeddings": 4096}
 BATCHES_7B = {1: 4, 8: 24, 32: 64}  # photos a batch: photos in all
@@ -91,7 +96,9 @@ def main(cfg: Rounds) -> None:
     *_, last = forms
     same = [a == b for name in PRESETS for a, b in zip(expected[name], captions[last][name])]
     distinct = {text for texts in captions[last].values() for text in texts}
-    print(f"distinct: {len(distinct)}; equal to plain: {sum(same)} of {len(same)}; {torch.cuda.max_memory_allocated() / 1e9 if large else 0:.1f} GB")
+    print(
+        f"distinct: {len(distinct)}; equal to plain: {sum(same)} of {len(same)}; {torch.cuda.max_memory_allocated() / 1e9 if large else 0:.1f} GB"
+    )
     title = f"LLaVA, {len(PRESETS)} decodings, seconds a photo"
     report(title, per_photo, speedup_vs_plain=per_photo["plain"] / per_photo[last], agree=all(same) or large)
 

@@ -24,7 +24,10 @@ from models.decoder import merge_lora
 from models.decoding import Decoding
 
 WORDS = Decoding(max_new_tokens=20)
-PHOTOS, FEW = {"cpu": 64, "cuda": 512}, 8  # ours captions all in one batch, the plain forms the first few; times are compared a photo
+PHOTOS, FEW = (
+    {"cpu": 64, "cuda": 512},
+    8,
+)  # ours captions all in one batch, the plain forms the first few; times are compared a photo
 
 
 def confident(device: torch.device) -> Captioner:

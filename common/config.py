@@ -35,7 +35,6 @@ def check(problems: Sequence[str], shown: int = 5) -> None:
         raise UserError("; ".join(problems[:shown]) + (f"; and {rest} more" if rest > 0 else ""))
 
 
-
 def parse_config(Config: type[T], args: Sequence[str] | None = None, aliases: dict[str, str] | None = None) -> T:
     """Read a frozen config dataclass from `--config FILE` and flags (nested fields dotted: `--finetune.lr 3e-4`).
 

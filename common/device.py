@@ -7,6 +7,7 @@ from common.config import UserError
 
 Precision = typing.Literal["float32", "bf16", "fp16"]
 
+
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that results depend on, for files that say how they were made."""
     from importlib.metadata import version

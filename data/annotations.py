@@ -84,8 +84,11 @@ def find_photos(images: Path, limit: int | None = None) -> list[Photo]:
     Raises UserError where there are none, where a named one is not there, and for two photos of one stem.
     """
     if images.is_dir():
-        paths = sorted(path for path in images.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES
-                       and not path.name.startswith(".") and path.is_file())  # macOS leaves ._NAME.jpg beside NAME.jpg
+        paths = sorted(
+            path
+            for path in images.iterdir()
+            if path.suffix.lower() in PHOTO_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )  # macOS leaves ._NAME.jpg beside NAME.jpg
         paths = paths[:limit]
     elif images.suffix.lower() in PHOTO_SUFFIXES and images.is_file():
         paths = [images]
@@ -94,8 +97,9 @@ def find_photos(images: Path, limit: int | None = None) -> list[Photo]:
         paths = _beside(images, names)
         if paths is None:
             looked = ", ".join(str(folder) for folder in _folders_beside(images) if folder.is_dir())
-            raise UserError(f"{images}: its photos ({_first(names)}) do not all lie in one folder beside it; "
-                            f"looked in {looked}")
+            raise UserError(
+                f"{images}: its photos ({_first(names)}) do not all lie in one folder beside it; looked in {looked}"
+            )
     else:
         paths = [images.parent / line for line in _lines(text)][:limit]
         missing = [path for path in paths if not os.path.isfile(path)]
@@ -163,14 +167,17 @@ def _photos(names: list[str], paths: list, captions: Iterable[Iterable[str]] | N
     for name in names:
         stem = Path(name).stem
         if stem in stems:
-            problems.append(f"{stems[stem]!r} and {name!r}: two photos with the stem {stem!r}, by which captions "
-                            "are kept")
+            problems.append(
+                f"{stems[stem]!r} and {name!r}: two photos with the stem {stem!r}, by which captions are kept"
+            )
         elif not is_unicode(stem):
             problems.append(f"{name!r}: the file's name is not UTF-8")
         stems[stem] = name
     check(problems)
-    return [Photo(Path(name).stem, path, tuple(of_photo))
-            for name, path, of_photo in zip(names, paths, captions or [()] * len(names))]
+    return [
+        Photo(Path(name).stem, path, tuple(of_photo))
+        for name, path, of_photo in zip(names, paths, captions or [()] * len(names))
+    ]
 
 
 def _in_folder(folder: Path, name: str) -> Path | None:
@@ -182,8 +189,15 @@ def _in_folder(folder: Path, name: str) -> Path | None:
 def _folders_beside(annotations: Path) -> list[Path]:
     """Where the photos of an annotation file are usually kept: ours, COCO's and the two of Flickr8k."""
     root, part = annotations.parent, annotations.stem.rpartition("_")[2]  # captions_val2017 -> val2017
-    return [root / "images" / part, root / "images", root / part, root.parent / part,
-            root / "Images", root / "Flicker8k_Dataset", root]
+    return [
+        root / "images" / part,
+        root / "images",
+        root / part,
+        root.parent / part,
+        root / "Images",
+        root / "Flicker8k_Dataset",
+        root,
+    ]
 
 
 def _beside(annotations: Path, names: list[str]) -> list[Path] | None:
@@ -269,8 +283,10 @@ def _get(record: Any, key: str, kind: type | tuple[type, ...], where: str, probl
     elif key not in record:
         problems.append(f"{where}: key {key!r} is missing")
     elif not isinstance(record[key], kind) or record[key] == "":
-        kinds = " or ".join({str: "text", int: "a number", list: "a list"}[one]
-                            for one in (kind if isinstance(kind, tuple) else (kind,)))
+        kinds = " or ".join(
+            {str: "text", int: "a number", list: "a list"}[one]
+            for one in (kind if isinstance(kind, tuple) else (kind,))
+        )
         problems.append(f"{where}: {key} must be {kinds}, got {record[key]!r:.60}")
     else:
         return record[key]
@@ -305,8 +321,9 @@ def _add_coco_captions(path: Path, data: dict, entries: dict[int | str, _Entry],
     if not isinstance(annotations, list):
         raise UserError(f"{path}: JSON without a list 'annotations'; expected {FORMS}")
     if annotations and not any(isinstance(record, dict) and "caption" in record for record in annotations):
-        raise UserError(f"{path}: no annotation has a caption; expected COCO's captions_*.json, not its instances or "
-                        "keypoints")
+        raise UserError(
+            f"{path}: no annotation has a caption; expected COCO's captions_*.json, not its instances or keypoints"
+        )
     faulty = bool(problems)  # then unknown ids follow from the faults already found
     for index, record in enumerate(annotations):
         where = f"annotations[{index}]"
@@ -363,8 +380,9 @@ def _csv_file(text: str, problems: list[str]) -> list[_Entry]:
         for row in reader:
             where = f"line {reader.line_num}"
             if row and len(row) != len(header):
-                problems.append(f"{where}: {len(row)} columns, expected {len(header)} (captions with commas go in "
-                                "quotes)")
+                problems.append(
+                    f"{where}: {len(row)} columns, expected {len(header)} (captions with commas go in quotes)"
+                )
             elif row:
                 name = row[header.index("image")].strip()
                 if not name:

@@ -9,9 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.prefetch import prefetch
 
-PHOTO_SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split()
-)
+PHOTO_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split())
 
 # Named, since otherwise PIL also runs Ghostscript on PostScript, and registers formats late, a race between threads.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")

@@ -32,10 +32,20 @@ def read_predictions(path: Path) -> dict[str, str]:
     if not isinstance(captions, dict):
         raise UserError(f"{path}: holds a {type(captions).__name__}; {expected}")
     check([f"{path}: stem {stem!r} stands there twice" for stem in twice])
-    check([f"{path}: caption of {stem!r} is {caption!r:.60}, expected text"
-           for stem, caption in captions.items() if not isinstance(caption, str)])
-    check([f"{path}: entry {stem!r} holds a lone surrogate, which is no Unicode text"
-           for stem, caption in captions.items() if not is_unicode(stem + caption)])
+    check(
+        [
+            f"{path}: caption of {stem!r} is {caption!r:.60}, expected text"
+            for stem, caption in captions.items()
+            if not isinstance(caption, str)
+        ]
+    )
+    check(
+        [
+            f"{path}: entry {stem!r} holds a lone surrogate, which is no Unicode text"
+            for stem, caption in captions.items()
+            if not is_unicode(stem + caption)
+        ]
+    )
     return captions
 
 

@@ -335,15 +335,17 @@ def draw_split(root: Path, split: str, count: int, seed: int, first_id: int) -> 
             captions.append({"id": CAPTIONS * first_id + len(captions), "image_id": image_id, "caption": caption})
         for thing, mask in zip(scene.things, masks):
             lengths = run_lengths.encode(np.asfortranarray(mask, dtype=np.uint8))
-            instances.append({
-                "id": 3 * first_id + len(instances),
-                "image_id": image_id,
-                "category_id": CATEGORIES[thing.name],
-                "bbox": run_lengths.toBbox(lengths).tolist(),
-                "area": int(mask.sum()),
-                "segmentation": {"size": [SIZE, SIZE], "counts": lengths["counts"].decode("ascii")},
-                "iscrowd": 0,
-            })
+            instances.append(
+                {
+                    "id": 3 * first_id + len(instances),
+                    "image_id": image_id,
+                    "category_id": CATEGORIES[thing.name],
+                    "bbox": run_lengths.toBbox(lengths).tolist(),
+                    "area": int(mask.sum()),
+                    "segmentation": {"size": [SIZE, SIZE], "counts": lengths["counts"].decode("ascii")},
+                    "iscrowd": 0,
+                }
+            )
     categories = [{"id": number, "name": name} for name, number in CATEGORIES.items()]
     write_json(root / f"{split}.json", {"images": images, "annotations": captions}, indent=None)
     everything = {"images": images, "annotations": instances, "categories": categories}

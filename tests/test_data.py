@@ -105,8 +105,13 @@ def test_the_four_forms_give_the_same_photos_whatever_the_file_is_called(tmp_pat
 
 
 names = st.lists(st.from_regex(r"[a-z]{1,8}\.jpg", fullmatch=True), min_size=1, max_size=4, unique=True)
-texts = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30)
-                 .map(lambda text: " ".join(text.split())).filter(bool), min_size=1, max_size=3)
+texts = st.lists(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30)
+    .map(lambda text: " ".join(text.split()))
+    .filter(bool),
+    min_size=1,
+    max_size=3,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -187,25 +192,37 @@ BAD_ANNOTATIONS = {
     "a list": ([1], ["'images'"]),
     "images an object": ({"images": {}, "annotations": []}, ["'images'"]),
     "no annotations": ({"images": []}, ["'annotations'"]),
-    "instances": (edited(coco(), lambda data: [one.pop("caption") for one in data["annotations"]]),
-                  ["no annotation has a caption"]),
+    "instances": (
+        edited(coco(), lambda data: [one.pop("caption") for one in data["annotations"]]),
+        ["no annotation has a caption"],
+    ),
     "no captions": ({"images": [], "annotations": []}, ["no photo with a caption"]),
     "missing key": (edited(coco(), lambda data: data["images"][1].pop("file_name")), ["images[1]", "file_name"]),
-    "one caption missing": (edited(coco(), lambda data: data["annotations"][2].pop("caption")),
-                            ["annotations[2]", "caption"]),
+    "one caption missing": (
+        edited(coco(), lambda data: data["annotations"][2].pop("caption")),
+        ["annotations[2]", "caption"],
+    ),
     "image no object": (edited(coco(), lambda data: data["images"].append("d.jpg")), ["images[3]", "object"]),
     "id a list": (edited(coco(), lambda data: data["images"][0].update(id=[1])), ["images[0]", "id must be a number"]),
     "unknown id": (edited(coco(), lambda data: data["annotations"][3].update(image_id=99)), ["annotations[3]", "99"]),
     "repeated id": (edited(coco(), lambda data: data["images"][2].update(id=10)), ["images[2]", "10", "a.jpg"]),
-    "empty caption": (edited(coco(), lambda data: data["annotations"][1].update(caption=" \n")),
-                      ["annotations[1]", "empty", "b.jpg"]),
-    "caption a number": (edited(coco(), lambda data: data["annotations"][1].update(caption=3)),
-                         ["annotations[1]", "must be text, got 3"]),
-    "lone surrogate": (edited(coco(), lambda data: data["annotations"][1].update(caption="\ud83d dog")),
-                       ["annotations[1]", "surrogate"]),
+    "empty caption": (
+        edited(coco(), lambda data: data["annotations"][1].update(caption=" \n")),
+        ["annotations[1]", "empty", "b.jpg"],
+    ),
+    "caption a number": (
+        edited(coco(), lambda data: data["annotations"][1].update(caption=3)),
+        ["annotations[1]", "must be text, got 3"],
+    ),
+    "lone surrogate": (
+        edited(coco(), lambda data: data["annotations"][1].update(caption="\ud83d dog")),
+        ["annotations[1]", "surrogate"],
+    ),
     "one stem": (coco({"x/a.jpg": ["one"], "a.png": ["two"]}), ["x/a.jpg", "a.png", "stem 'a'"]),
-    "Karpathy no raw": (edited(karpathy(), lambda data: data["images"][1]["sentences"][0].pop("raw")),
-                        ["images[1].sentences[0]", "raw"]),
+    "Karpathy no raw": (
+        edited(karpathy(), lambda data: data["images"][1]["sentences"][0].pop("raw")),
+        ["images[1].sentences[0]", "raw"],
+    ),
     "Karpathy no split": (edited(karpathy(), lambda data: data["images"][1].pop("split")), ["images[1]", "split"]),
     "token line": (token() + "d.jpg two cats\n", ["line 6", "d.jpg two cats"]),
     "token empty": ("a.jpg#0\tone\na.jpg#1\t \n", ["line 2", "empty"]),
@@ -297,8 +314,15 @@ def difference(one: Image.Image, other: Image.Image) -> float:
     return float(numpy.abs(numpy.asarray(one, float) - numpy.asarray(other, float)).mean())
 
 
-UNDO = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE",
-        8: "ROTATE_270"}
+UNDO = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_90",
+    7: "TRANSVERSE",
+    8: "ROTATE_270",
+}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -313,8 +337,9 @@ def test_every_exif_orientation_comes_out_upright(tmp_path, orientation):
 GREY = gradient().convert("L")
 RAMP16 = numpy.tile(numpy.linspace(0, 65535, 40), (30, 1))
 RAMP8 = Image.fromarray((RAMP16 / 257).round().astype("uint8")).convert("RGB")
-HALF_CLEAR = Image.merge("RGBA", [*gradient().split(), Image.fromarray(numpy.tile([[255] * 20 + [0] * 20], (30, 1))
-                                                                       .astype("uint8"))])
+HALF_CLEAR = Image.merge(
+    "RGBA", [*gradient().split(), Image.fromarray(numpy.tile([[255] * 20 + [0] * 20], (30, 1)).astype("uint8"))]
+)
 ON_WHITE = gradient()
 ON_WHITE.paste("white", (20, 0, 40, 30))
 PALETTE = Image.new("P", (4, 2), 1)
@@ -391,10 +416,13 @@ def test_bad_photos_say_why(tmp_path):
 def test_a_large_photo_and_damaged_exif_are_read_without_a_warning(tmp_path):
     Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")  # PIL warns from 89 million pixels on
     gradient().save(tmp_path / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", quality=95, subsampling=0)
-    code = "import sys; from pathlib import Path; from data.photos import open_photo\n" \
-           "for name in sys.argv[1:]: print(open_photo(Path(name)).size)"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png", tmp_path / "exif.jpg"],
-                          capture_output=True, text=True)
+    code = (
+        "import sys; from pathlib import Path; from data.photos import open_photo\n"
+        "for name in sys.argv[1:]: print(open_photo(Path(name)).size)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "large.png", tmp_path / "exif.jpg"], capture_output=True, text=True
+    )
     assert (done.stdout, done.stderr) == ("(10000, 9000)\n(40, 30)\n", "")
 
 
@@ -437,16 +465,19 @@ def test_predictions_come_back_in_order_with_their_account(tmp_path):
     assert meta_path(Path("out")) == Path("out.meta.json")
 
 
-@pytest.mark.parametrize("content, says", [
-    ('{"a": "one"', ["not JSON"]),
-    ("a: one", ["not JSON"]),
-    (b"\xff", ["UTF-8"]),
-    ("[1]", ["list", "one JSON object"]),
-    ('{"a": "1", "b": "2", "a": "3", "c": "4", "c": "4"}', ["'a'", "'c'", "twice"]),
-    ('{"a": "1", "b": null, "c": ["x"]}', ["'b'", "None", "'c'", "expected text"]),
-    (r'{"a": "1", "b": "\ud83d dog"}', ["'b'", "surrogate"]),
-    (r'{"a": "1", "\udcff": "dog"}', [r"'\udcff'", "surrogate"]),
-])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ('{"a": "one"', ["not JSON"]),
+        ("a: one", ["not JSON"]),
+        (b"\xff", ["UTF-8"]),
+        ("[1]", ["list", "one JSON object"]),
+        ('{"a": "1", "b": "2", "a": "3", "c": "4", "c": "4"}', ["'a'", "'c'", "twice"]),
+        ('{"a": "1", "b": null, "c": ["x"]}', ["'b'", "None", "'c'", "expected text"]),
+        (r'{"a": "1", "b": "\ud83d dog"}', ["'b'", "surrogate"]),
+        (r'{"a": "1", "\udcff": "dog"}', [r"'\udcff'", "surrogate"]),
+    ],
+)
 def test_bad_predictions_are_named(tmp_path, content, says):
     file = save(tmp_path / "p.json", content)
     message = error_of(read_predictions, file)
@@ -465,9 +496,14 @@ real = pytest.mark.skipif("CAPTION_DATA" not in os.environ, reason="CAPTION_DATA
 
 
 @real
-@pytest.mark.parametrize("data, split, photos, captions", [
-    ("flickr8k", "train", 6000, 30_000), ("flickr8k", "val", 1000, 5000), ("coco-mini", "train", 80, 400),
-])
+@pytest.mark.parametrize(
+    "data, split, photos, captions",
+    [
+        ("flickr8k", "train", 6000, 30_000),
+        ("flickr8k", "val", 1000, 5000),
+        ("coco-mini", "train", 80, 400),
+    ],
+)
 def test_real_data_reads_whole(data, split, photos, captions):
     read = read_annotations(*find_data(REAL / data, split))
     assert (len(read), sum(len(photo.captions) for photo in read)) == (photos, captions)
@@ -482,8 +518,10 @@ def test_real_photos_open_and_instances_serve_as_a_list_only(tmp_path):
     assert "no annotation has a caption" in error_of(read_annotations, instances)
     photos = find_photos(instances)
     assert len(photos) == 80
-    sizes = {Path(image["file_name"]).stem: (image["width"], image["height"])
-             for image in json.loads(instances.read_text())["images"]}
+    sizes = {
+        Path(image["file_name"]).stem: (image["width"], image["height"])
+        for image in json.loads(instances.read_text())["images"]
+    }
     for photo, image in load_photos(photos):
         assert image.mode == "RGB" and image.size == sizes[photo.stem]
 

@@ -36,8 +36,10 @@ def read(root: Path, split: str) -> tuple[dict[int, dict], dict[int, list[str]],
     names = {category["id"]: category["name"] for category in instances["categories"]}
     images = {image["id"]: image for image in captions["images"]}
     texts = {i: [a["caption"] for a in captions["annotations"] if a["image_id"] == i] for i in images}
-    things = {i: [a | {"name": names[a["category_id"]]} for a in instances["annotations"] if a["image_id"] == i]
-              for i in images}
+    things = {
+        i: [a | {"name": names[a["category_id"]]} for a in instances["annotations"] if a["image_id"] == i]
+        for i in images
+    }
     return images, texts, things
 
 

@@ -95,8 +95,9 @@ def test_full_idf_gives_a_photo_the_score_of_the_full_run():
 def test_captions_without_words_score_zero_and_references_themselves_score_high():
     _, empty = cider(REFERENCES, {"truck": "", "river": ".", "chess": "\N{GRINNING FACE}"})
     assert set(empty.values()) == {0.0}
-    perfect, _ = cider({name: texts[:1] for name, texts in REFERENCES.items()},
-                       {name: texts[0] for name, texts in REFERENCES.items()})
+    perfect, _ = cider(
+        {name: texts[:1] for name, texts in REFERENCES.items()}, {name: texts[0] for name, texts in REFERENCES.items()}
+    )
     assert perfect == pytest.approx(10.0, abs=1e-9)
 
 
@@ -106,8 +107,9 @@ def test_consensus_is_the_score_of_a_caption_against_the_others_of_its_photo():
     assert {photo: len(own) for photo, own in scores.items()} == {photo: len(own) for photo, own in photos.items()}
     assert scores["alone"] == [0.0]
     own = {f"{photo} {i}": group[i] for photo, group in photos.items() for i in range(len(group))}
-    others = {f"{photo} {i}": group[:i] + group[i + 1 :] or [""] for photo, group in photos.items()
-              for i in range(len(group))}
+    others = {
+        f"{photo} {i}": group[:i] + group[i + 1 :] or [""] for photo, group in photos.items() for i in range(len(group))
+    }
     assert [score for group in scores.values() for score in group] == list(cider(others, own)[1].values())
     agreed = consensus({"dog": ["a dog runs", "a dog runs fast", "what a day"], "car": ["a car", "a car", "a boat"]})
     assert agreed["dog"][0] > agreed["dog"][2] == 0.0
@@ -190,8 +192,20 @@ def plain_clipscore(folder: Path, photo: Path, caption: str) -> float:
 
 
 def test_the_script_scores_as_the_libraries_do(scene, clip_folder):
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--pred_file", "captions.json", "--images_root", "photos",
-               "--annotation_file", "val.json", "--clip_model", f"local-dir:{clip_folder}", "--batch_size", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "evaluate.py"),
+        "--pred_file",
+        "captions.json",
+        "--images_root",
+        "photos",
+        "--annotation_file",
+        "val.json",
+        "--clip_model",
+        f"local-dir:{clip_folder}",
+        "--batch_size",
+        "2",
+    ]
     means = last_line(done := subprocess.run(command, cwd=scene, capture_output=True, text=True))
     scores = json.loads((scene / "captions.scores.json").read_text())
     assert all(line.startswith("encode photos") for line in done.stderr.split("\n") if line)
@@ -236,8 +250,15 @@ def test_a_second_run_of_captions_reads_no_photo_and_batches_change_nothing(scen
 def test_ref_clipscore_is_the_harmonic_mean_with_the_nearest_reference(scene, clip_folder):
     files = {"predictions": [scene / "captions.json"], "annotations": scene / "val.json", "images": scene / "photos"}
     prefix = "A photo depicts "
-    main(Config(**files, clip_model=f"local-dir:{clip_folder}", metrics=["refclipscore"], clip_prefix=prefix,
-                features=scene / "features"))
+    main(
+        Config(
+            **files,
+            clip_model=f"local-dir:{clip_folder}",
+            metrics=["refclipscore"],
+            clip_prefix=prefix,
+            features=scene / "features",
+        )
+    )
     scores = json.loads((scene / "captions.scores.json").read_text())
     model = load_clip(f"local-dir:{clip_folder}")
     for name, caption in CAPTIONS.items():
@@ -342,8 +363,16 @@ def test_a_run_without_some_captions_is_scored_as_was_said(scene, capsys):
 
 def test_an_empty_caption_scores_zero_by_clip_too(scene, clip_folder):
     (scene / "captions.json").write_text(json.dumps(dict.fromkeys(CAPTIONS, " ") | {"chess": "chess"}))
-    main(Config([scene / "captions.json"], annotations=scene / "val.json", images=scene / "photos",
-                metrics=["clipscore"], clip_model=f"local-dir:{clip_folder}", features=scene / "features"))
+    main(
+        Config(
+            [scene / "captions.json"],
+            annotations=scene / "val.json",
+            images=scene / "photos",
+            metrics=["clipscore"],
+            clip_model=f"local-dir:{clip_folder}",
+            features=scene / "features",
+        )
+    )
     photos = json.loads((scene / "captions.scores.json").read_text())["photos"]
     assert photos["truck"]["clipscore"] == photos["river"]["clipscore"] == 0.0
 

@@ -31,8 +31,15 @@ def scores_page(folder: Path) -> Path:
     (folder / "one.json").write_text(json.dumps(HOSTILE))
     other = dict.fromkeys(HOSTILE, "two dogs") | {"plain": "a dog runs over grass"}
     (folder / "two.json").write_text(json.dumps(other))
-    main(Config([folder / "one.json", folder / "two.json"], annotations=folder / "val.json", images=folder / "photos",
-                metrics=["cider", "bleu"], page=folder / "scores.html"))
+    main(
+        Config(
+            [folder / "one.json", folder / "two.json"],
+            annotations=folder / "val.json",
+            images=folder / "photos",
+            metrics=["cider", "bleu"],
+            page=folder / "scores.html",
+        )
+    )
     return folder / "scores.html"
 
 
@@ -77,8 +84,15 @@ def test_a_page_of_a_thousand_photos_opens_in_a_second(browser, tmp_path):
     annotations = [{"image_id": n, "caption": text} for n in range(1000) for text in texts]
     (tmp_path / "val.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (tmp_path / "one.json").write_text(json.dumps({stem: f"a dog {n} runs" for n, stem in enumerate(stems)}))
-    main(Config([tmp_path / "one.json"], annotations=tmp_path / "val.json", images=tmp_path / "photos",
-                metrics=["cider"], page=tmp_path / "scores.html"))
+    main(
+        Config(
+            [tmp_path / "one.json"],
+            annotations=tmp_path / "val.json",
+            images=tmp_path / "photos",
+            metrics=["cider"],
+            page=tmp_path / "scores.html",
+        )
+    )
     seconds = []
     for _ in range(3):
         browser.get((tmp_path / "scores.html").as_uri())
