@@ -64,3 +64,17 @@ class MetricsLog:
             return []
         whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")  # a full disk leaves half a line
         return [json.loads(line) for line in whole.splitlines()]
+
+
+def folder_problems(folder: Path, replace: bool, hint: str, marker: str | None = None) -> list[str]:
+    """What is wrong with an output folder: it is a file, or it exists and may not be replaced.
+
+    `hint` says what to do then. With a `marker`, a folder that is not empty must hold a file of this name.
+    """
+    if folder.exists() and not folder.is_dir():
+        return [f"output: {folder} is a file; expected the name of a folder"]
+    if not folder.exists() or not any(folder.iterdir()):
+        return []
+    if marker and not (folder / marker).exists():
+        return [f"output: {folder} holds something other than a run; give another name"]
+    return [] if replace else [f"output: {folder} exists; {hint}"]

@@ -100,18 +100,18 @@ def test_nothing_readable_is_nothing_done(tmp_path, photos):
         caption_all(tmp_path / "x.json", photos[3:4])
 
 
-def test_sampling_heeds_the_photo_alone(make_captioner):
+def test_sampling_heeds_the_photo_alone(make_captioner, caption):
     """The same captions at any batch size and in any order; other seeds draw others."""
-    captioner = make_captioner("gpt2").eval().merge()
+    captioner = make_captioner("gpt2").ready(torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
     features = torch.randn(8, captioner.encoder.tokens, captioner.encoder.width)
     decoding = Decoding(max_new_tokens=8, do_sample=True, temperature=0.9, top_p=0.95, top_k=100)
     seeds = [photo_seed(0, f"photo {number}") for number in range(8)]
-    together = captioner.caption(features, decoding, seeds)
-    one_by_one = [captioner.caption(features[i : i + 1], decoding, seeds[i : i + 1])[0] for i in range(8)]
+    together = caption(captioner, features, decoding, seeds)
+    one_by_one = [caption(captioner, features[i : i + 1], decoding, seeds[i : i + 1])[0] for i in range(8)]
     assert together == one_by_one
-    assert captioner.caption(features.flip(0), decoding, seeds[::-1]) == together[::-1]
-    assert captioner.caption(features, decoding, [seed + 1 for seed in seeds]) != together
+    assert caption(captioner, features.flip(0), decoding, seeds[::-1]) == together[::-1]
+    assert caption(captioner, features, decoding, [seed + 1 for seed in seeds]) != together
 
 
 def test_sampling_draws_from_the_distribution():
