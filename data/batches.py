@@ -23,10 +23,9 @@ def epoch_batches(
     """
     shuffle = random.Random(seed).shuffle if seed is not None else lambda items: None
     rows: list[Row] = []
-    for photo, own in enumerate(captions):
-        own = list(own)
-        shuffle(own)
-        rows += [(photo, own[i : i + captions_per_row]) for i in range(0, len(own), captions_per_row)]
+    for photo, of_photo in enumerate(map(list, captions)):
+        shuffle(of_photo)
+        rows += [(photo, of_photo[i : i + captions_per_row]) for i in range(0, len(of_photo), captions_per_row)]
     shuffle(rows)
     size = batch_size // captions_per_row
     if bucket:
