@@ -200,7 +200,7 @@ def test_fifty_photos_are_under_ten_megabytes_and_open_in_a_second(browser, tmp_
     """Photos of COCO's size, 24 x 24 patches and 12 words, as of LLaVA-1.5."""
     from models.attribution import Unit
     from models.encoder import PatchGrid
-    from pages.heatmaps import Drawn, write_heatmap_page
+    from pages.heatmaps import Drawn, page_entry, write_heatmap_page
 
     rng = np.random.default_rng(0)
     units = [Unit(f"word{n}", (n,), 0.5, 0.5) for n in range(12)]
@@ -210,7 +210,7 @@ def test_fifty_photos_are_under_ten_megabytes_and_open_in_a_second(browser, tmp_
         maps = {name: rng.random((12, 576)) for name in METHODS}
         photos.append(Drawn(f"photo{number}", rough, "a caption", units, PatchGrid(24, 24, (80, 0, 560, 480)), maps))
     file = tmp_path / "index.html"
-    write_heatmap_page(photos, "rel", "Fifty photos", file)
+    write_heatmap_page([page_entry(photo) for photo in photos], "rel", "Fifty photos", file)
     assert file.stat().st_size < 10e6
     seconds = []
     for _ in range(3):
