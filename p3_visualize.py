@@ -36,7 +36,7 @@ from models.decoding import Decoding, check_decoding, photo_seed
 from models.encoder import PatchGrid
 from models.interface import CaptionModel
 from models.vlm import PROMPT, Quantize, check_model, check_quantize, load_vlm
-from pages.heatmaps import Drawn, draw_words, reduced, write_heatmap_page
+from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
 
 DEFAULT = "rel"
 
@@ -229,7 +229,7 @@ def read_inputs(cfg: Config) -> tuple[list[Photo], dict[str, str], Instances | N
     return photos, notes, instances
 
 
-def finish(drawn: list[Drawn], table: GroundingTable, grounded: bool, cfg: Config) -> None:
+def finish(drawn: list[dict], table: GroundingTable, grounded: bool, cfg: Config) -> None:
     """Write the page and the grounding scores, and print where they are. Raises NothingDone where there is neither."""
     if drawn:
         write_heatmap_page(drawn, cfg.method, "Where each word looked", cfg.output / "index.html")
@@ -254,7 +254,7 @@ def main(cfg: Config) -> None:
     for older in ("index.html", "grounding.json"):
         (cfg.output / older).unlink(missing_ok=True)
 
-    drawn: list[Drawn] = []
+    drawn: list[dict] = []
     table, grounded = GroundingTable(cfg.seed), {}  # photo -> its captions, and what each names
     for batch in PhotoBatches(photos, cfg.batch_size, cfg.workers, "attention"):
         captions = captions_of(model, batch, cfg)
@@ -277,8 +277,9 @@ def main(cfg: Config) -> None:
                         notes.get(loaded.stem, ""),
                     )
                     text = model.text(record.ids[:-1])
-                    drawn.append(reduced(Drawn(loaded.stem, loaded.image, text, units, grid, maps, note, objects)))
-                    draw_words(drawn[-1], cfg.method, cfg.output / f"{loaded.stem}.png")
+                    shown = Drawn(loaded.stem, loaded.image, text, units, grid, maps, note, objects)
+                    draw_words(shown, cfg.method, cfg.output / f"{loaded.stem}.png")
+                    drawn.append(page_entry(shown))
     if grounded:
         measure_random_weights(model, grounded, table, cfg)
     finish(drawn, table, bool(grounded), cfg)

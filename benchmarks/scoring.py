@@ -24,7 +24,7 @@ from data.features import FeatureCache
 from data.photos import Photo, open_photo
 from demo import shapes
 from metrics.cider import cider, find_java, tokenize_lines
-from metrics.clipscore import Clip, PhotoSide, encode_captions, tokenize
+from metrics.clipscore import Clip, ImageTower, encode_captions, tokenize
 
 PHOTOS, TEXTS, SEEN = 1000, 128, 200  # photos of CIDEr, captions that CLIP encodes, photos that it encodes or finds
 
@@ -115,7 +115,7 @@ def time_photos(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
             return torch.cat([clip.model.encode_image(one, normalize=True) for one in pixels]).cpu()
 
         def cached() -> torch.Tensor:
-            features, *_ = FeatureCache(PhotoSide(clip), folder / "cache", np.float32).find(photos)
+            features, *_ = FeatureCache(ImageTower(clip), folder / "cache", np.float32).find(photos)
             return features[range(len(photos))][:, 0]
 
         cached()  # the first run

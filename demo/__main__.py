@@ -16,7 +16,6 @@ from pathlib import Path
 from common.files import write_json
 from data.predictions import read_predictions
 from demo.shapes import pair_scores
-from pages.heatmaps import join_pages
 
 ROOT = Path("runs/demo")
 SHAPES, CLIP, LLAVA = ROOT / "shapes", ROOT / "standins/clip", ROOT / "standins/llava"
@@ -114,7 +113,6 @@ def main() -> None:
             "--overwrite",
         )
         pages[f"{whose}, stand-in"] = ROOT / f"look_{whose}/index.html"
-    join_pages(pages, "Where each word looked", ROOT / "heatmaps.html")
     looks = json.loads((ROOT / "ground_ours/grounding.json").read_text(encoding="utf-8"))
     rows, method = looks["rows"], looks["method"]
     summary["match_at_1"] = rows[method]["match_at_1"]["score"]
@@ -139,7 +137,9 @@ def main() -> None:
     for row in (method, "last_mean", "centre", f"random weights, {method}"):
         print(f"  {row:28}{rows[row]['match_at_1']['score']:>8.3f}{rows[row]['pointing']['score']:>8.3f}")
     print(f"\n=== A real photo\n  {photo.name}: {read_predictions(ROOT / 'photo.json')[photo.stem]}")
-    print(f"\nPages: {ROOT}/scores.html, {ROOT}/heatmaps.html; files: {captions}, {run}/loss.png, {ROOT}/summary.json")
+    print(
+        f"\nPages: {ROOT}/scores.html, {', '.join(map(str, pages.values()))}; files: {captions}, {run}/loss.png, {ROOT}/summary.json"
+    )
 
 
 if __name__ == "__main__":
