@@ -116,7 +116,7 @@ TRAIN_MISTAKES = [
     ("--finetune.lr fast", "finetune.lr: expected PositiveFloat, got 'fast'"),
     ("--batch_size 10 --captions_per_row 4", "batch_size: expected a multiple of captions_per_row 4, got 10"),
     ("--data NOWHERE", "train.json: no such file"),
-    ("--data SPOILT", "images/train: 1 photos? of .*train.json not there: train3.png"),
+    ("--data SPOILT", r"images/train: 1 photo \(train3.png\) of .*train.json not there"),
     ("--data DATA --annotations a.json", "data: expected either data, or annotations and images, got both"),
     ("", "data: required, not given"),
     ("--data DATA --output OUT", "output: .*out exists; --resume goes on with it, --overwrite replaces it"),
