@@ -160,10 +160,13 @@ def test_overwrite_never_removes_what_it_did_not_make(tmp_path):
     assert (tmp_path / "letters").read_text() == "dear"
 
 
-def test_broken_off_work_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), shapes.made_whole(tmp_path / "out", {}, False) as part:
+def test_work_that_fails_leaves_nothing(tmp_path):
+    def fill(part: Path) -> None:
         (part / "half").write_text("written")
         raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        shapes.make_folder(tmp_path / "out", {}, False, fill)
     assert list(tmp_path.iterdir()) == []
 
 
