@@ -1,12 +1,13 @@
-"""Score captions against references and photos: CIDEr-D, CLIPScore and their companions, and how sure the scores are.
+"""Score captions: CIDEr-D, CLIPScore and other metrics, with intervals; compare runs.
 
     python evaluate.py --predictions captions.json --annotations val.json --images photos/
     python evaluate.py --predictions captions.json --annotations val.json --metrics cider bleu rouge
     python evaluate.py --predictions best.json moderate.json diverse.json --data ROOT --page scores.html
 
-The second needs no photo and no model: seconds on a CPU. The third compares runs: each against the first, photo by
-photo. `--pred_file`, `--images_root` and `--annotation_file` are other names of `--predictions`, `--images` and
-`--annotations`. Scores of every photo go to a JSON file, the (first) run's two means to the last line of stdout.
+The second command needs no photo and no model: it takes seconds on a CPU. The third compares each run with the first,
+photo by photo. `--pred_file`, `--images_root` and `--annotation_file` are other names of `--predictions`, `--images`
+and `--annotations`. The scores of every photo go to a JSON file. The last line of stdout gives CIDEr and CLIPScore of
+the (first) run.
 """
 
 import json
@@ -14,36 +15,27 @@ import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from jsonargparse.typing import PositiveInt
 
-from common.config import NothingDone, UserError, run
+from common.config import NothingDone, UserError
+from common.config import run as run_script
 from common.device import pick_device
 from common.files import check_output, write_json
-from data.evaluation import MissingPolicy, Predicted, first_of, read_scored
-from data.features import FeatureCache
-from data.photos import Photo
-from metrics import overlap
-from metrics.cider import cider, find_java
-from metrics.clipscore import (
-    Clip,
-    ClipUnavailable,
-    PhotoSide,
-    clip_scores,
-    encode_captions,
-    load_clip,
-    ref_clip_scores,
-    tokenize,
-)  # fmt: skip
-from metrics.statistics import Score, interval, mean_score, paired
+from data.evaluation import Inputs, MissingPolicy, first_of, match, read_references, read_runs
+from metrics import MetricUnavailable
+from metrics.cider import find_java
+from metrics.clipscore import Clip, ClipVectors, ImageTower, encode_captions, load_clip, tokenize
+from metrics.statistics import Score, interval, paired
+from metrics.table import LABELS, METRICS, Captioned
+from models.features import encode_files
 from pages.scores import write_scores_page
 
 ALIASES = {"pred_file": "predictions", "images_root": "images", "annotation_file": "annotations"}
-LABELS = {"cider": "CIDEr-D", "clipscore": "CLIPScore", "refclipscore": "RefCLIPScore", "rouge": "ROUGE-L"}
-LABELS |= {"meteor": "METEOR"} | {f"bleu{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}
-LABELS |= {"length": "words a caption", "vocabulary": "different words", "unique": "different captions, share"}
-LABELS |= {f"distinct{n}": f"distinct-{n}" for n in (1, 2)}
+CLIP_METRICS = {"clipscore", "refclipscore"}
+Scores = dict[str, Score]  # by metric
 
 
 @dataclass(frozen=True)
@@ -58,9 +50,7 @@ class Config:
     """The references: COCO style, Karpathy's JSON, Flickr8k's token file or a CSV of image,caption."""
     images: Path | None = None
     """Folder of the photos; only CLIPScore reads them, and finds them itself where they lie beside the annotations."""
-    metrics: list[Literal["cider", "clipscore", "bleu", "rouge", "refclipscore", "diversity", "meteor"]] = field(
-        default_factory=lambda: ["cider", "clipscore"]
-    )
+    metrics: list[Literal[tuple(METRICS)]] = field(default_factory=lambda: ["cider", "clipscore"])
     """What to score; cider is CIDEr-D on PTB tokens, clipscore 2.5 * max(cos, 0) without references."""
     idf: Literal["subset", "full"] = "subset"
     """References that weigh CIDEr's n-grams: of the scored photos (the official way), or all of the annotations."""
@@ -95,11 +85,11 @@ def notice(text: str) -> None:
     print(f"evaluate.py: {text}", file=sys.stderr)
 
 
-def scores_path(cfg: Config) -> Path:
-    """Where the scores go. Raises UserError where they cannot, or would replace something other than older scores."""
+def output_path(cfg: Config) -> Path:
+    """Where the scores go. Raises UserError where that or the page cannot be written, or the file holds no scores."""
     first = cfg.predictions[0]
-    own = first.with_name(first.name.removesuffix(".json") + ".scores.json")
-    path = cfg.output or (own if len(cfg.predictions) == 1 else first.with_name("scores.json"))
+    beside = first.name.removesuffix(".json") + ".scores.json" if len(cfg.predictions) == 1 else "scores.json"
+    path = cfg.output or first.with_name(beside)
     check_output(path, cfg.overwrite or cfg.output is None)
     if path.exists():
         try:
@@ -108,177 +98,170 @@ def scores_path(cfg: Config) -> Path:
             older = None
         if not (isinstance(older, dict) and ("corpus" in older or "runs" in older)):
             raise UserError(f"output: {path} exists and holds no scores; give another name")
+    if cfg.page:
+        if cfg.page.suffix.lower() not in (".html", ".htm") or cfg.page == path:
+            raise UserError(f"page: expected the name of an HTML file of its own, got {cfg.page}")
+        check_output(cfg.page, overwrite=True, key="page")
     return path
 
 
-class ClipScorer:
-    """CLIP at work: the photos' vectors, encoded or taken from the cache, and the references' once for all runs."""
+def encode_with_clip(clip: Clip, inputs: Inputs, cfg: Config) -> dict[str, ClipVectors]:
+    """CLIP's vectors for each run by its name; the photos' come from the cache if they are there.
 
-    def __init__(self, clip: Clip, photos: list[Photo], references: dict[str, list[str]] | None, cfg: Config):
-        import numpy
+    Raises MetricUnavailable where no photo can be read.
+    """
+    tower = ImageTower(clip)
+    features, good, bad = encode_files(tower, inputs.photos, cfg.features, cfg.batch_size, dtype=np.float32)
+    for error in bad:
+        notice(f"{error}; it gets no CLIPScore")
+    if not good:
+        raise MetricUnavailable("none of the photos can be read")
+    if bad:
+        notice(f"CLIPScore is the mean of {len(good)} of {len(inputs.photos)} photos")
+    stems = [inputs.photos[i].stem for i in good]
+    photos = features[range(len(good))][:, 0].to(clip.device)
 
-        self.clip, self.cfg, self.label = clip, cfg, clip.name
-        side = PhotoSide(clip)
-        vectors, good, bad = FeatureCache(side, cfg.features, numpy.float32).find(photos, batch_size=cfg.batch_size)
-        for error in bad:
-            notice(f"{error}; it gets no CLIPScore")
-        if 0 < len(good) < len(photos):
-            notice(f"CLIPScore is the mean of {len(good)} of {len(photos)} photos")
-        self.stems = [photos[i].stem for i in good]
-        self.vectors = vectors[range(len(good))][:, 0].to(clip.device) if good else None  # (N, D)
-        self.references = None
-        if references is not None and good:
-            texts, _ = self.encode([text for stem in self.stems for text in references[stem]])
-            self.references = texts.split([len(references[stem]) for stem in self.stems])
+    def encode(texts: list[str]):
+        tokens, cut = tokenize(clip, [cfg.clip_prefix + text for text in texts])
+        return encode_captions(clip, tokens, cfg.batch_size), cut
 
-    def encode(self, texts: list[str]) -> tuple["torch.Tensor", list[bool]]:  # noqa: F821
-        """Unit vectors (N, D) of N texts, and which were too long for CLIP."""
-        tokens, cut = tokenize(self.clip, [self.cfg.clip_prefix + text for text in texts])
-        return encode_captions(self.clip, tokens, self.cfg.batch_size), cut
-
-    def score(self, predicted: Predicted) -> dict[str, Score]:
-        """CLIPScore and, where there are references, RefCLIPScore of a run; an empty caption scores 0."""
-        import torch
-
-        captions = [predicted.captions[stem] for stem in self.stems]
-        texts, cut = self.encode(captions)
+    references = ()
+    if "refclipscore" in cfg.metrics:
+        vectors, _ = encode([text for stem in stems for text in inputs.references[stem]])
+        references = vectors.split([len(inputs.references[stem]) for stem in stems])
+    found = {}
+    for run in inputs.runs:
+        captions, cut = encode([run.captions[stem] for stem in stems])
+        found[run.name] = ClipVectors(stems, photos, captions, references)
         if any(cut):
-            which = first_of([stem for stem, long in zip(self.stems, cut) if long])
-            notice(f"{predicted.name}: CLIP reads the caption of {which} only in part, longer than its text input")
-        scores = clip_scores(self.vectors, texts)
-        scores *= torch.tensor([bool(caption.strip()) for caption in captions], device=scores.device)
-        found = {"clipscore": scores}
-        if self.references:
-            found["refclipscore"] = ref_clip_scores(scores, texts, self.references)
-        return {name: mean_score(dict(zip(self.stems, values.tolist()))) for name, values in found.items()}
+            which = first_of([stem for stem, long in zip(stems, cut) if long])
+            notice(f"{run.name}: CLIP reads the caption of {which} only in part: it is longer than CLIP's text input")
+    return found
 
 
-def score_run(
-    predicted: Predicted, references: dict[str, list[str]], clip: ClipScorer | None, cfg: Config
-) -> dict[str, Score | float]:
-    """Every metric of a run that could be had, in the order of the table; figures of diversity are plain numbers."""
-    scores: dict[str, Score | float] = {}
-    if "cider" in cfg.metrics:
-        scores["cider"] = Score(*cider(references, predicted.captions, cfg.idf))
-    if clip:
-        scores |= clip.score(predicted)
-    if "bleu" in cfg.metrics:
-        scores |= overlap.bleu(references, predicted.captions)
-    if "rouge" in cfg.metrics:
-        scores["rouge"] = overlap.rouge(references, predicted.captions)
-    if "meteor" in cfg.metrics:
+def score_runs(inputs: Inputs, vectors: dict[str, ClipVectors], cfg: Config) -> tuple[list[Scores], list[str]]:
+    """The scores of each run, and for each metric that cannot run one line that says why."""
+    if len(inputs.photos) == 1 and "cider" in cfg.metrics and cfg.idf == "subset":
+        notice("CIDEr of a single photo is always 0: n-grams that are in the references of all photos have no weight")
+    runs = [Captioned(run.captions, inputs.references, cfg.idf, vectors.get(run.name)) for run in inputs.runs]
+    scores: list[Scores] = [{} for _ in runs]
+    failures = []
+    for name in [name for name in METRICS if name in cfg.metrics]:
         try:
-            scores["meteor"] = overlap.meteor(references, predicted.captions)
-        except overlap.MeteorUnavailable as reason:
-            notice(f"{predicted.name}: METEOR does not run: {reason}")
-    if "diversity" in cfg.metrics:
-        scores |= overlap.diversity(predicted.captions)
-    return scores
+            of_metric = [METRICS[name](run) for run in runs]
+            scores = [known | new for known, new in zip(scores, of_metric)]
+        except MetricUnavailable as reason:
+            failures.append(f"{name} cannot run: {reason}")
+    return scores, failures
 
 
-def table(runs: list[Predicted], scores: list[dict[str, Score | float]], stems: list[str]) -> tuple[list, list, str]:
-    """Intervals {metric: (low, high)} of each run, differences from the first run, and both as a table to read."""
-    intervals, differences, lines = [{} for _ in runs], [], []
-    width = max(len(predicted.name) for predicted in runs)
-    for metric, first in scores[0].items():
-        lines.append(f"\n{LABELS[metric]}")
-        for number, (predicted, own) in enumerate(zip(runs, scores)):
-            score = own[metric]
-            line = f"  {predicted.name:{width}}  {getattr(score, 'corpus', score):.4f}"
-            if isinstance(score, Score) and score.of_sums and len(score.photos) > 1:
-                low, high = intervals[number][metric] = interval(score, stems)
-                line += f" [{low:.4f}, {high:.4f}]"
-                if number:
-                    change = paired(first, score, stems)
-                    which = {"run": predicted.name, "against": runs[0].name, "metric": metric}
-                    differences.append(which | change._asdict())
-                    line += f"   {change.difference:+.4f} [{change.low:+.4f}, {change.high:+.4f}]  p {change.p:.4f}"
+def to_json(scores: Scores, stems: list[str], versions: dict[str, str], cfg: Config) -> dict[str, Any]:
+    """A run as it stands in scores.json; CIDEr and CLIPScore are always there, None where there is no score."""
+    photos = {name: score.photos for name, score in scores.items() if score.photos}
+    columns = {"cider": {}, "clipscore": {}} | photos
+    return {
+        "n": len(stems),
+        "scored": {name: len(of_photos) for name, of_photos in photos.items()},
+        "idf": cfg.idf,
+        "missing": cfg.missing,
+        "versions": versions,
+        "corpus": {"cider": None, "clipscore": None} | {name: score.corpus for name, score in scores.items()},
+        "intervals": {name: interval(score, stems) for name, score in scores.items() if score.has_interval},
+        "photos": {stem: {name: of_photos.get(stem) for name, of_photos in columns.items()} for stem in stems},
+    }
+
+
+def compare(runs: list[dict[str, Any]], scores: list[Scores], stems: list[str]) -> list[dict[str, Any]]:
+    """How each run differs from the first one, by each metric that has an interval."""
+    return [
+        {"run": runs[i]["name"], "against": runs[0]["name"], "metric": metric}
+        | paired(scores[0][metric], scores[i][metric], stems)._asdict()
+        for metric in runs[0]["intervals"]
+        for i in range(1, len(runs))
+    ]
+
+
+def table(runs: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
+    """Scores with their intervals, and each run's differences from the first one, as text."""
+    lines = [f"{runs[0]['n']} photos, CIDEr-D with idf {runs[0]['idf']}; 95% bootstrap intervals over photos"]
+    if len(runs) > 1:
+        lines[0] += f"; difference from {runs[0]['name']} on the same photos, p of a permutation test"
+    changes = {(change["run"], change["metric"]): change for change in differences}
+    width = max(len(run["name"]) for run in runs)
+    for metric in [name for name, score in runs[0]["corpus"].items() if score is not None]:
+        lines.append(f"\n{LABELS.get(metric, metric)}")
+        for run in runs:
+            line = f"  {run['name']:{width}}  {run['corpus'][metric]:.4f}"
+            if metric in run["intervals"]:
+                line += " [{:.4f}, {:.4f}]".format(*run["intervals"][metric])
+            if change := changes.get((run["name"], metric)):
+                line += "   {difference:+.4f} [{low:+.4f}, {high:+.4f}]  p {p:.4f}".format_map(change)
             lines.append(line)
-    return intervals, differences, "\n".join(lines)
+    return "\n".join(lines)
 
 
-def extremes(predicted: Predicted, scores: dict[str, Score | float]) -> str:
-    """Best and worst photo by each metric, a line each."""
+def best_and_worst(scores: Scores, captions: dict[str, str]) -> str:
+    """The photos with the highest and the lowest score by each metric, a line each."""
     lines = []
     for metric, score in scores.items():
-        if isinstance(score, Score) and len(set(score.photos.values())) > 1:
+        if len(set(score.photos.values())) > 1:
             for which, choose in (("best", max), ("worst", min)):
                 stem = choose(score.photos, key=score.photos.get)
-                caption = " ".join(predicted.captions[stem].split())
-                lines.append(f"{which} by {LABELS[metric]}: {stem} {score.photos[stem]:.4f} {caption}")
+                caption = " ".join(captions[stem].split())
+                lines.append(f"{which} by {LABELS.get(metric, metric)}: {stem} {score.photos[stem]:.4f} {caption}")
     return "\n".join(lines)
 
 
 def fixed_point(score: float | None) -> str:
     """All digits of a score, never in scientific notation; `n/a` where there is none."""
-    import numpy
-
-    return "n/a" if score is None else numpy.format_float_positional(score, trim="0")
+    return "n/a" if score is None else np.format_float_positional(score, trim="0")
 
 
 def main(cfg: Config) -> None:
-    wants_clip = bool({"clipscore", "refclipscore"} & set(cfg.metrics))
     if not cfg.metrics:
         raise UserError("metrics: expected at least one, such as cider, got none")
-    runs, photos, references = read_scored(
-        cfg.predictions, cfg.data, cfg.annotations, cfg.images, cfg.split, cfg.limit, cfg.missing, wants_clip, notice
-    )
-    output = scores_path(cfg)
-    if cfg.page:
-        if cfg.page.suffix.lower() not in (".html", ".htm") or cfg.page == output:
-            raise UserError(f"page: expected the name of an HTML file of its own, got {cfg.page}")
-        check_output(cfg.page, overwrite=True, key="page")
-    versions = {"pycocoevalcap": version("pycocoevalcap")}
-    if set(cfg.metrics) - {"clipscore", "refclipscore"}:
+    with_clip = bool(CLIP_METRICS & set(cfg.metrics))
+    captions = read_runs(cfg.predictions)
+    annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split)
+    inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, with_clip)
+    output = output_path(cfg)
+    if set(cfg.metrics) - CLIP_METRICS:
         find_java()
-    clip, unavailable = None, ""
-    if wants_clip:
-        try:
-            model = load_clip(cfg.clip_model, cfg.clip_pretrained, pick_device(cfg.device))
-        except ClipUnavailable as reason:
-            unavailable = f"CLIPScore: {reason}"
-        else:
-            clip = ClipScorer(model, photos, references if "refclipscore" in cfg.metrics else None, cfg)
-            versions |= {"open_clip": version("open_clip_torch"), "clip": clip.label}
-            if not clip.stems:
-                clip, unavailable = None, "CLIPScore: none of the photos can be read"
+    for text in inputs.notices:
+        notice(text)
 
-    stems = [photo.stem for photo in photos]
-    scores = [score_run(predicted, references, clip, cfg) for predicted in runs]
-    everywhere = set.intersection(*map(set, scores))  # METEOR may have failed for one of them
-    scores = [{name: score for name, score in own.items() if name in everywhere} for own in scores]
-    if len(stems) == 1 and "cider" in cfg.metrics and cfg.idf == "subset":
-        notice("CIDEr of one photo alone is 0, whatever its caption: no n-gram is rarer than another")
-    if any(scores):
-        intervals, differences, text = table(runs, scores, stems)
-        results = []
-        for predicted, own, bounds in zip(runs, scores, intervals):
-            corpus = {"cider": None, "clipscore": None}
-            corpus |= {name: getattr(score, "corpus", score) for name, score in own.items()}
-            by_photo = {"cider": {}, "clipscore": {}}
-            by_photo |= {name: score.photos for name, score in own.items() if isinstance(score, Score)}
-            per_photo = {stem: {name: by_photo[name].get(stem) for name in by_photo} for stem in predicted.captions}
-            counts = {name: len(score.photos) for name, score in own.items() if isinstance(score, Score)}
-            head = {"n": len(stems), "scored": counts, "idf": cfg.idf, "missing": cfg.missing, "versions": versions}
-            results.append(head | {"corpus": corpus, "intervals": bounds, "photos": per_photo})
-        one = len(runs) == 1
-        named = [{"name": predicted.name} | result for predicted, result in zip(runs, results)]
-        write_json(output, results[0] if one else {"runs": named, "paired": differences})
-        compared = "" if one else f"; difference from {runs[0].name} on the same photos, p of a permutation test"
-        print(f"{len(stems)} photos, CIDEr-D with idf {cfg.idf}; 95% bootstrap intervals over photos{compared}")
-        print(text + (f"\n\n{extremes(runs[0], scores[0])}" if one else ""))
-        print(f"\nscores of every photo: {output}")
-        if cfg.page:
-            columns = {name: LABELS[name] for name in results[0]["photos"][stems[0]] if name in scores[0]}
-            write_scores_page(cfg.page, photos, references, runs, results, columns)
-            print(f"page: {cfg.page}")
-    if unavailable and any(scores):
-        notice(unavailable)
-    first = {name: getattr(score, "corpus", None) for name, score in scores[0].items()}
-    print(f"CIDEr: {fixed_point(first.get('cider'))} | CLIPScore: {fixed_point(first.get('clipscore'))}")
-    if not any(scores):
-        raise NothingDone(unavailable or "none of the metrics could run")
+    versions, vectors, failures = {"pycocoevalcap": version("pycocoevalcap")}, {}, []
+    if with_clip:
+        try:
+            clip = load_clip(cfg.clip_model, cfg.clip_pretrained, pick_device(cfg.device))
+            vectors = encode_with_clip(clip, inputs, cfg)
+            versions |= {"open_clip": version("open_clip_torch"), "clip": clip.name}
+        except MetricUnavailable as reason:
+            failures.append(f"CLIPScore: {reason}")
+    scores, more = score_runs(inputs, vectors, cfg)
+    failures += more
+
+    stems = [photo.stem for photo in inputs.photos]
+    runs = [to_json(of_run, stems, versions, cfg) for of_run in scores]
+    cider, clipscore = (fixed_point(runs[0]["corpus"][metric]) for metric in ("cider", "clipscore"))
+    means = f"CIDEr: {cider} | CLIPScore: {clipscore}"
+    if not scores[0]:
+        print(means)
+        raise NothingDone("; ".join(failures))
+    named = [{"name": run.name} | of_run for run, of_run in zip(inputs.runs, runs)]
+    differences = compare(named, scores, stems)
+    write_json(output, runs[0] if len(runs) == 1 else {"runs": named, "paired": differences})
+    print(table(named, differences))
+    if len(runs) == 1:
+        print(f"\n{best_and_worst(scores[0], inputs.runs[0].captions)}")
+    print(f"\nscores of every photo: {output}")
+    if cfg.page:
+        write_scores_page(cfg.page, inputs, runs, LABELS)
+        print(f"page: {cfg.page}")
+    for text in failures:
+        notice(text)
+    print(means)
 
 
 if __name__ == "__main__":
-    run(main, Config, ALIASES)
+    run_script(main, Config, ALIASES)

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from PIL import Image
 
 from common.config import UserError, check, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
 from data.annotations import find_photos
-from data.journal import Journal, caption_journaled
-from data.photos import Photo
-from models.decoding import Decoding, check_decoding, photo_seed
-from models.vlm import PRESETS, PROMPT, Quantize, check_model, check_quantize, load_llava
+from data.journal import Journal
+from data.photos import PhotoBatches
+from models.decoding import PRESETS, Decoding, check_decoding, photo_seed
+from models.vlm import PROMPT, Quantize, check_model, check_quantize, load_vlm
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,10 @@ def check_settings(cfg: Config) -> None:
     if not cfg.decoding or len(set(cfg.decoding)) < len(cfg.decoding):
         problems.append(f"decoding: expected different names of decodings, got {' '.join(cfg.decoding) or 'none'}")
     if cfg.own != Decoding() and "own" not in cfg.decoding:
-        problems.append("own: is of the decoding of that name; expected own among decoding")
+        problems.append(
+            "own: these settings belong to the decoding `own`, which is not chosen; expected own in decoding"
+        )
     check(problems)
-
-
-def outputs(cfg: Config) -> dict[str, Path]:
-    """The predictions file of each decoding."""
-    if len(cfg.decoding) == 1:
-        return {cfg.decoding[0]: cfg.output}
-    stem = cfg.output.name.removesuffix(".json")
-    return {name: cfg.output.with_name(f"{stem}.{name}.json") for name in cfg.decoding}
 
 
 def main(cfg: Config) -> None:
@@ -85,17 +78,18 @@ def main(cfg: Config) -> None:
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision: fp16 is not for CPUs; expected float32 or bf16")
     decodings = {name: cfg.own if name == "own" else PRESETS[name] for name in cfg.decoding}
-    common = {"model": cfg.model, "prompt": cfg.prompt, "precision": precision, "quantize": cfg.quantize}
-    common |= {"seed": cfg.seed, "versions": library_versions()}
-    settings = {name: common | {"decoding": {"name": name} | asdict(decodings[name])} for name in decodings}
-    journal = Journal(cfg.output, outputs(cfg), settings, cfg.overwrite)
-    llava = load_llava(cfg.model, cfg.prompt, device, torch_dtype(precision), cfg.quantize)
+    shared = {"model": cfg.model, "prompt": cfg.prompt, "precision": precision, "quantize": cfg.quantize}
+    shared |= {"seed": cfg.seed, "versions": library_versions()}
+    settings = {name: shared | {"decoding": {"name": name} | asdict(decodings[name])} for name in decodings}
+    journal = Journal(cfg.output, settings, cfg.overwrite)
 
-    def caption(own: list[Photo], images: list[Image.Image]) -> dict[str, list[str]]:
-        seeds = {name: [photo_seed(cfg.seed, name, photo.stem) for photo in own] for name in decodings}
-        return llava.caption(images, decodings, seeds)
-
-    caption_journaled(photos, journal, caption, cfg.batch_size, cfg.workers, {"device": str(device)})
+    model = load_vlm(cfg.model, cfg.prompt, device, torch_dtype(precision), cfg.quantize)
+    batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=journal.done)
+    for batch in batches:
+        seeds = {name: [photo_seed(cfg.seed, name, photo.stem) for photo in batch] for name in decodings}
+        captions = model.generate(batch, decodings, seeds)
+        journal.append(batch, {name: [model.text(ids) for ids in captions[name]] for name in decodings})
+    journal.finish(photos, batches.bad, {"device": str(device)})
 
 
 if __name__ == "__main__":

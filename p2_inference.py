@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from PIL import Image
 
 from common.config import check, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
 from data.annotations import find_photos
-from data.features import FeatureCache
-from data.journal import Journal, caption_journaled
-from data.photos import Photo
+from data.journal import Journal
+from data.photos import PhotoBatches
 from models.checkpoint import find_checkpoint, load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 
@@ -56,22 +54,21 @@ class Config:
 
 def main(cfg: Config) -> None:
     check(check_decoding("decoding", cfg.decoding))
-    photos = find_photos(cfg.images, limit=cfg.limit)
-    folder, device = find_checkpoint(cfg.checkpoint), pick_device(cfg.device)
+    photos, device = find_photos(cfg.images, limit=cfg.limit), pick_device(cfg.device)
+    folder, decodings = find_checkpoint(cfg.checkpoint), {"caption": cfg.decoding}
     settings = {"checkpoint": folder, "decoding": asdict(cfg.decoding), "precision": cfg.precision, "seed": cfg.seed}
     settings |= {"versions": library_versions()}
-    journal = Journal(cfg.output, {"": cfg.output}, {"": settings}, cfg.overwrite)
-    captioner = load_captioner(folder).merge()
-    captioner.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
-    captioner.place(device, torch_dtype(cfg.precision))
-    see = FeatureCache(captioner.encoder, cfg.features).see
+    journal = Journal(cfg.output, {name: settings for name in decodings}, cfg.overwrite)
 
-    def caption(own: list[Photo], images: list[Image.Image]) -> dict[str, list[str]]:
-        seeds = [photo_seed(cfg.seed, photo.stem) for photo in own]
-        return {"": captioner.caption(see(own, images), cfg.decoding, seeds)}
-
-    meta = {"captioner": asdict(captioner.config), "device": str(device)}
-    caption_journaled(photos, journal, caption, cfg.batch_size, cfg.workers, meta)
+    model = load_captioner(folder)
+    model.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
+    model.ready(device, torch_dtype(cfg.precision), cfg.features)
+    batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=journal.done)
+    for batch in batches:
+        seeds = {name: [photo_seed(cfg.seed, photo.stem) for photo in batch] for name in decodings}
+        captions = model.generate(batch, decodings, seeds)
+        journal.append(batch, {name: [model.text(ids) for ids in captions[name]] for name in decodings})
+    journal.finish(photos, batches.bad, {"captioner": asdict(model.config), "device": str(device)})
 
 
 if __name__ == "__main__":

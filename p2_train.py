@@ -6,15 +6,14 @@
     python p2_train.py --config configs/shapes.yaml --data runs/demo/shapes --output runs/demo/p2  # minutes on a CPU
 
 Stage `align` trains the projector alone, stage `finetune` the projector and LoRA. A run folder holds config.yaml,
-metrics.jsonl, loss.png, best/ (lowest validation loss) and last/ (where `--resume` goes on, at the last epoch's end).
+metrics.jsonl, loss.png, best/ (lowest validation loss) and last/ (the end of the last epoch, where `--resume` goes on).
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,27 +25,28 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import UserError, check, run
+from common.config import UserError, changed, check, plain, run
 from common.device import Precision, pick_device, seed_everything, torch_dtype
-from common.files import MetricsLog, written_whole
-from data.batches import Row, batch_tokens, epoch_batches
+from common.files import JsonLines, folder_problems, remove_folder, restore_folder, written_whole
+from data.annotations import read_splits
+from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
 from data.prefetch import prefetch
-from data.splits import Split, prepare_split, read_splits
 from metrics.cider import cider, consensus, find_java
 from models.captioner import Captioner, CaptionerConfig, build_captioner
-from models.checkpoint import find_checkpoint, load_trained, remove_checkpoint, restore_folder, save_captioner
-from models.decoder import DecoderConfig, LoraConfig, attending, causal_lm, check_decoder
+from models.checkpoint import check_checkpoint, find_checkpoint, load_trained, save_captioner
+from models.decoder import DecoderConfig, LoraConfig, attention, causal_lm, check_decoder
+from models.decoding import Decoding
 from models.encoder import EncoderConfig, check_encoder
-from models.packing import PackedBatch, pack_rows
+from models.packing import PackedBatch
 from models.projector import ProjectorConfig
+from models.splits import Split, prepare_split, weigh_by_agreement
 from models.training import (
     STAGES,
     Stage,
     check_stage,
-    compile_layers,
-    prepare_training,
     make_optimizer,
     make_schedule,
+    prepare_training,
     set_trainable,
 )
 from pages.figures import plot_losses
@@ -102,8 +102,6 @@ class Config:
     """Clip the gradient to this norm; 0 does not."""
     precision: Precision = "float32"
     """bf16 and fp16 hold the frozen weights in 16 bits and compute in them; what trains stays in float32."""
-    compile: bool = False
-    """Compile the decoder's layers (torch.compile): meant for a GPU; on a CPU it takes minutes and gains nothing."""
     save_precision: Precision = "float32"
     """Precision of best/; last/ is always float32."""
     val_cider: bool = False
@@ -141,118 +139,83 @@ def check_settings(cfg: Config) -> None:
             problems.append("data: required, not given (or annotations and images)")
         if cfg.data and (cfg.annotations or cfg.val_annotations):
             problems.append("data: expected either data, or annotations and images, got both")
-        if cfg.output is None:
-            problems.append("output: required, not given")
-        elif cfg.output.is_dir() and any(cfg.output.iterdir()) and not (cfg.output / "config.yaml").exists():
-            problems.append(f"output: {cfg.output} holds something other than a run; give another name")
-        elif cfg.output.exists() and not cfg.output.is_dir():
-            problems.append(f"output: {cfg.output} is a file; expected the name of a folder")
-        elif cfg.output.exists() and not cfg.overwrite and not cfg.resume:
-            problems.append(f"output: {cfg.output} exists; --resume goes on with it, --overwrite replaces it")
         if cfg.val_cider and cfg.data is None and cfg.val_annotations is None:
             problems.append("val_cider: needs validation photos, none given")
+        if cfg.output is None:
+            problems.append("output: required, not given")
+        else:
+            hint = "--resume goes on with it, --overwrite replaces it"
+            problems += folder_problems(cfg.output, cfg.overwrite or cfg.resume, hint, marker="config.yaml")
     check(problems)
     if cfg.val_cider or cfg.consensus:
         find_java()
 
 
+# ------------------------------------------------------------------------------------------- the run folder
+
+
 def settings_of(cfg: Config) -> dict:
     """What config.yaml holds: all that makes the run what it is, as plain values."""
-    settings = json.loads(json.dumps(asdict(cfg), default=str))
-    return {key: value for key, value in settings.items() if key not in ("overwrite", "resume", "dry_run")}
-
-
-def flat(settings: dict, prefix: str = "") -> dict:
-    """Nested settings by dotted name."""
-    found = {}
-    for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+    return {key: value for key, value in plain(cfg).items() if key not in ("overwrite", "resume", "dry_run")}
 
 
 def resumed_state(cfg: Config) -> dict | None:
-    """The trainer's state in last/, None where there is none yet. Raises UserError if the settings have changed."""
+    """The trainer's state in last/; None where there is none yet. Raises UserError if the settings have changed."""
     file = cfg.output / "config.yaml"
     if not cfg.resume or not file.exists():
         return None
-    before, now = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(settings_of(cfg))
-    # the same run on another machine
-    elsewhere = ("device", "compile", "features", "output", "data", "images", "val_images")
-    changed = [key for key in now if key not in elsewhere and now[key] != before.get(key)]
-    check([f"resume: {key} was {before.get(key)}, is {now[key]}" for key in changed])
+    elsewhere = ("device", "features", "output", "data", "images", "val_images")  # the same run on another machine
+    now = {key: value for key, value in settings_of(cfg).items() if key not in elsewhere}
+    changes = changed(yaml.safe_load(file.read_text(encoding="utf-8")), now)
+    check([f"resume: {key} was {before}, is {after}" for key, before, after in changes])
     restore_folder(cfg.output / "last")
     state = cfg.output / "last" / "trainer.pt"
-    return torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
+    if not state.exists():
+        return None
+    check_checkpoint(cfg.output / "last")
+    return torch.load(state, map_location="cpu", weights_only=True)
 
 
-def consensus_weights(split: Split, power: float) -> list[dict[tuple[int, ...], float]]:
-    """What each caption counts: its agreement with its photo's others to that power; the mean of a photo's is 1.
-
-    The weighted cross-entropy of Phan et al. 2017, https://arxiv.org/abs/1712.09532, within each photo.
-    """
-    scores = consensus({photo.stem: list(photo.captions) for photo in split.photos})
-    weights = []
-    for own, ids in zip(scores.values(), split.captions):
-        counts = [score**power for score in own]
-        mean = sum(counts) / len(counts)
-        weights.append({tuple(c): count / mean if mean else 1.0 for c, count in zip(ids, counts)})
-    return weights
+def begin_run(cfg: Config, resumed: bool, logged: int) -> JsonLines:
+    """Write config.yaml and return the metrics log with its first `logged` rows; a new run starts without folders."""
+    if not resumed:
+        remove_folder(cfg.output / "best")
+        remove_folder(cfg.output / "last")
+    log = JsonLines(cfg.output / "metrics.jsonl")
+    log.keep(logged)  # what a killed run logged after its last save is done again
+    with written_whole(cfg.output / "config.yaml") as part:
+        part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")
+    return log
 
 
 # ------------------------------------------------------------------------------------------- training
 
 
 class Trainer:
-    """One run: its model, data, log and place in the two stages."""
+    """One run: its model, its data, and its place in the two stages."""
 
-    def __init__(
-        self, cfg: Config, accelerator: Accelerator, captioner: Captioner, train: Split, val: Split | None, state: dict
-    ):
-        self.cfg, self.accelerator, self.state = cfg, accelerator, state
-        self.captioner, self.train, self.val = captioner, train, val
-        self.log = MetricsLog(cfg.output / "metrics.jsonl")
+    def __init__(self, cfg: Config, accelerator: Accelerator, captioner: Captioner, train: Split, val: Split | None):
+        self.cfg, self.accelerator, self.captioner, self.train, self.val = cfg, accelerator, captioner, train, val
         self.model = captioner  # as accelerate wraps it, once a stage has begun
+        self.attention = prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
+        self.state = {"stage": next(iter(STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
+        self.log = JsonLines(cfg.output / "metrics.jsonl")
 
-    def inputs(self, split: Split, batch: list[Row]) -> tuple[Tensor, PackedBatch]:
-        """Features of a batch's photos and its packed captions; pinned, where they go to a GPU."""
-        features = split.features[[photo for photo, _ in batch]]
-        weights = split.weights and [[split.weights[i][tuple(c)] for c in captions] for i, captions in batch]
-        rows = pack_rows([captions for _, captions in batch], self.captioner.tokenizer.eos_token_id, weights=weights)
-        pin = self.accelerator.device.type == "cuda"
-        return (features.pin_memory(), rows.pin_memory()) if pin else (features, rows)
+    def run(self) -> None:
+        """Train the stages from where `state` says."""
+        names = list(STAGES)
+        for name in names[names.index(self.state["stage"]) :]:
+            if self.state["stage"] != name:
+                self.state |= {"stage": name, "epoch": 0}
+            self.train_stage(name)
 
-    def loss(self, model, features: Tensor, rows: PackedBatch) -> Tensor:
-        """Sum of the losses of a batch's supervised tokens."""
-        device = self.accelerator.device
-        return model(features.to(device, non_blocking=features.is_pinned()), rows.to(device))[0]
-
-    def ready(self, step: tuple[list[list[Row]], int]) -> tuple[list[list[Row]], int, list[tuple[Tensor, PackedBatch]]]:
-        """An optimizer step, and the inputs of its batches."""
-        own, tokens = step
-        # every process must do its part of the exchange, so an empty batch borrows a row, at weight 0
-        borrowed = [(0, self.train.captions[0][:1])]
-        return own, tokens, [self.inputs(self.train, batch or borrowed) for batch in own]
-
-    def optimizer_steps(self, batches: list[list[Row]]) -> Iterator[tuple[list[list[Row]], int]]:
-        """For each optimizer step this process's batches, and the supervised tokens of all processes' batches.
-
-        Where the epoch's last batches do not go round, the processes left over get an empty one.
-        """
-        processes = self.accelerator.num_processes
-        together = self.cfg.gradient_accumulation * processes
-        for start in range(0, len(batches), together):
-            group = batches[start : start + together]
-            own = group[self.accelerator.process_index :: processes]
-            yield own or [[]], sum(map(batch_tokens, group))
-
-    def stage(self, name: str) -> None:
-        """Train one stage epoch by epoch from where `state` says."""
+    def train_stage(self, name: str) -> None:
+        """Train one stage, epoch by epoch."""
         cfg, stage, accelerator = self.cfg, getattr(self.cfg, name), self.accelerator
         self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        accelerator.free_memory()  # the stage before: its optimizer must not be stepped or unscaled again
+        accelerator.free_memory()  # the optimizer of the stage before must not be stepped again
         trainable = set_trainable(self.captioner, name, stage.lr)
-        batches = epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row)
-        epoch_steps = sum(1 for _ in self.optimizer_steps(batches))
+        epoch_steps = sum(1 for _ in self.optimizer_steps())
         optimizer = make_optimizer(trainable, stage)
         schedule = make_schedule(optimizer, stage, epoch_steps)
         if "optimizer" in self.state:  # resumed inside this stage
@@ -260,45 +223,72 @@ class Trainer:
             schedule.load_state_dict(self.state.pop("schedule"))
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
         for epoch in range(self.state["epoch"], math.ceil(stage.epochs)):
+            count = min(epoch_steps, round(stage.epochs * epoch_steps) - epoch * epoch_steps)
             # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
             order = 1000 * cfg.seed + 100 * list(STAGES).index(name) + epoch
-            batches = epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row, order, cfg.bucket)
-            count = min(epoch_steps, round(stage.epochs * epoch_steps) - epoch * epoch_steps)
-            steps = prefetch(islice(self.optimizer_steps(batches), count), self.ready)
-            bar = tqdm(steps, f"{name} {epoch + 1}/{math.ceil(stage.epochs)}", total=count, mininterval=1)
-            start, captions, token_sum = time.monotonic(), 0, 0
-            loss_sum = torch.zeros((), device=accelerator.device)
-            self.captioner.train()
-            for step, (own, tokens, inputs) in enumerate(bar, start=1):
-                for i, batch in enumerate(own):
-                    with accelerator.no_sync(self.model) if i + 1 < len(own) else nullcontext():
-                        loss = self.loss(self.model, *inputs[i]) * bool(batch)
-                        # the mean over the whole step's tokens; processes' gradients are averaged, hence the factor
-                        accelerator.backward(loss * accelerator.num_processes / tokens)
-                    loss_sum += loss.detach()
-                    captions += sum(len(row) for _, row in batch)
-                if cfg.max_grad_norm:
-                    accelerator.clip_grad_norm_(trainable, cfg.max_grad_norm)
-                lr = schedule.get_last_lr()[0]
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                token_sum += tokens
-                if step % 20 == 0 or step == count:  # reading the loss makes a GPU wait, so not at each step
-                    mean = accelerator.reduce(loss_sum, "sum").item() / token_sum
-                    rate = captions / (time.monotonic() - start)
-                    bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", captions_a_second=f"{rate:.1f}")
-                    self.write_log(stage=name, epoch=epoch + 1, step=step, loss=round(mean, 5), lr=lr)
-                    loss_sum, token_sum = torch.zeros_like(loss_sum), 0
+            start = time.monotonic()
+            self.train_epoch(f"{name} {epoch + 1}/{math.ceil(stage.epochs)}", order, count, optimizer, schedule)
             self.state |= {"stage": name, "epoch": epoch + 1}
             self.end_epoch(round(time.monotonic() - start, 1), optimizer, schedule)
 
+    def optimizer_steps(self, order: int | None = None) -> Iterator[tuple[list[list[Row]], int]]:
+        """An epoch, shuffled by the seed `order`: batches of this process and tokens of all, by optimizer step."""
+        cfg, accelerator = self.cfg, self.accelerator
+        batches = epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row, order, cfg.bucket)
+        return optimizer_steps(batches, cfg.gradient_accumulation, accelerator.num_processes, accelerator.process_index)
+
+    def with_inputs(self, step: tuple[list[list[Row]], int]) -> tuple[list[list[Row]], int, list]:
+        """An optimizer step, and the inputs of its batches."""
+        batches, tokens = step
+        # every process must take part in the exchange of gradients, so an empty batch gets a row, at weight 0
+        spare = [(0, self.train.captions[0][:1])]
+        pin = self.accelerator.device.type == "cuda"
+        return batches, tokens, [self.train.inputs(batch or spare, pin) for batch in batches]
+
+    def loss(self, model, features: Tensor, packed: PackedBatch) -> Tensor:
+        """Sum of the losses of a batch's supervised tokens."""
+        device = self.accelerator.device
+        return model(features.to(device, non_blocking=features.is_pinned()), packed.to(device))[0]
+
+    def train_epoch(self, label: str, order: int, count: int, optimizer, schedule) -> None:
+        """The first `count` optimizer steps of an epoch, behind a progress bar."""
+        accelerator, start = self.accelerator, time.monotonic()
+        steps = prefetch(islice(self.optimizer_steps(order), count), self.with_inputs)
+        bar = tqdm(steps, label, total=count, mininterval=1, disable=not accelerator.is_main_process)
+        captions, token_sum, loss_sum = 0, 0, torch.zeros((), device=accelerator.device)
+        self.captioner.train()
+        for step, (batches, tokens, inputs) in enumerate(bar, start=1):
+            for i, batch in enumerate(batches):
+                with accelerator.no_sync(self.model) if i + 1 < len(batches) else nullcontext():
+                    loss = self.loss(self.model, *inputs[i]) * bool(batch)
+                    # the mean over the whole step's tokens; gradients are averaged over processes, hence the factor
+                    accelerator.backward(loss * accelerator.num_processes / tokens)
+                loss_sum += loss.detach()
+                captions += sum(len(row) for _, row in batch)
+            if self.cfg.max_grad_norm:
+                accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
+            lr = schedule.get_last_lr()[0]
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            token_sum += tokens
+            if step % 20 == 0 or step == count:  # reading the loss makes a GPU wait, so not at each step
+                mean = accelerator.reduce(loss_sum, "sum").item() / token_sum
+                rate = captions / (time.monotonic() - start)
+                bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", captions_a_second=f"{rate:.1f}")
+                stage, epoch = label.split("/")[0].split()
+                self.write_log(stage=stage, epoch=int(epoch), step=step, loss=round(mean, 5), lr=lr)
+                loss_sum, token_sum = torch.zeros_like(loss_sum), 0
+
     def write_log(self, **figures) -> None:
+        """Add a row to metrics.jsonl."""
         if self.accelerator.is_main_process:
-            self.log.append(**figures)
+            self.log.append(figures)
+
+    # ----------------------------------------------------------------------------------- the end of an epoch
 
     def end_epoch(self, seconds: float, optimizer, schedule) -> None:
-        """Measure on the validation photos; write best/ where it is one, last/, the log and loss.png."""
+        """Measure on the validation photos; write best/ where this is the best, last/, the log and loss.png."""
         cfg, state = self.cfg, self.state
         self.captioner.eval()
         row = {"stage": state["stage"], "epoch": state["epoch"], "seconds": seconds}
@@ -325,27 +315,22 @@ class Trainer:
         """Mean loss over all supervised tokens of the validation captions."""
         total = torch.zeros((), device=self.accelerator.device)
         batches = epoch_batches(self.val.captions, self.cfg.batch_size, self.cfg.captions_per_row)
-        own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        for inputs in tqdm(prefetch(own, partial(self.inputs, self.val)), "validate", total=len(own), leave=False):
+        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        for inputs in tqdm(prefetch(mine, self.val.inputs), "validate", total=len(mine), leave=False):
             total += self.loss(self.captioner, *inputs)  # not as wrapped: no process waits for another
         return self.accelerator.reduce(total, "sum").item() / sum(map(batch_tokens, batches))
 
     def validation_cider(self) -> float:
         """CIDEr-D of greedy captions of the validation photos."""
-        predictions = {}
-        for start in tqdm(range(0, len(self.val.photos), 32), "caption", leave=False):
-            own = range(start, min(start + 32, len(self.val.photos)))
-            with self.accelerator.autocast(), attending(causal_lm(self.captioner.decoder), "sdpa"):
-                captions = self.captioner.caption(self.val.features[own].to(self.accelerator.device))
-            predictions.update(zip((self.val.photos[i].stem for i in own), captions))
-        return cider({photo.stem: list(photo.captions) for photo in self.val.photos}, predictions)[0]
-
-    def run(self) -> None:
-        names = list(STAGES)
-        for name in names[names.index(self.state["stage"]) :]:
-            if self.state["stage"] != name:
-                self.state |= {"stage": name, "epoch": 0}
-            self.stage(name)
+        photos, predictions = self.val.photos, {}
+        lm = causal_lm(self.captioner.decoder)
+        for start in tqdm(range(0, len(photos), 32), "caption", leave=False):
+            part = range(start, min(start + 32, len(photos)))
+            with self.accelerator.autocast(), attention(lm, "sdpa", after=self.attention):
+                features = self.val.features[part].to(self.accelerator.device)
+                captions = self.captioner.generate_from(features, {"greedy": Decoding()}, {"greedy": ()})["greedy"]
+            predictions |= {photos[i].stem: self.captioner.text(ids) for i, ids in zip(part, captions)}
+        return cider({photo.stem: list(photo.captions) for photo in photos}, predictions)[0]
 
 
 def main(cfg: Config) -> None:
@@ -361,41 +346,28 @@ def main(cfg: Config) -> None:
         raise UserError(f"precision: fp16 trains on CUDA alone, the device is {device}; expected bf16 or float32")
     state = resumed_state(cfg)
     val_source = cfg.val_annotations, cfg.val_images or cfg.images
-    train_photos, val_photos = read_splits(
-        cfg.data, (cfg.annotations, cfg.images), val_source, cfg.limit, cfg.val_limit
-    )
+    sources = read_splits(cfg.data, (cfg.annotations, cfg.images), val_source, cfg.limit, cfg.val_limit)
 
     if device.index is not None:
         torch.cuda.set_device(device)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no" if cfg.precision == "float32" else cfg.precision
-    )
+    precision = "no" if cfg.precision == "float32" else cfg.precision
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     seed_everything(cfg.seed)
     captioner = build_captioner(model)
     captioner.encoder.to(accelerator.device)
+    prepare = partial(prepare_split, captioner, cache=cfg.features, skip_bad_photos=cfg.skip_bad_photos)
     with accelerator.main_process_first():  # the others find the features in the cache
-        train, val = (
-            prepare_split(captioner, photos, cfg.features, cfg.skip_bad_photos) if photos else None
-            for photos in (train_photos, val_photos)
-        )
+        train, val = (prepare(photos) if photos else None for photos in sources)
     if cfg.consensus:
-        train.weights = consensus_weights(train, cfg.consensus)
+        agreement = consensus({photo.stem: list(photo.captions) for photo in train.photos})
+        weigh_by_agreement(train, agreement, cfg.consensus)
     if state:
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
-    prepare_training(captioner, torch_dtype(cfg.precision), device)
-    if cfg.compile:
-        compile_layers(captioner)
-
-    fresh = {"stage": next(iter(STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
-    trainer = Trainer(cfg, accelerator, captioner, train, val, state or fresh)
+    trainer = Trainer(cfg, accelerator, captioner, train, val)
+    trainer.state |= state or {}
     if accelerator.is_main_process:
-        if not state:
-            remove_checkpoint(cfg.output / "best")
-            remove_checkpoint(cfg.output / "last")
-        trainer.log.keep(trainer.state["logged"])  # what a killed run logged after its last save is done again
-        with written_whole(cfg.output / "config.yaml") as part:
-            part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")
+        begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()
     trainer.run()
     accelerator.print(f"captioner: {find_checkpoint(cfg.output)}")

@@ -14,15 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from PIL import Image
 
 from benchmarks.measure import Rounds, by_device, interleaved, report, write_photos
 from common.config import run
 from common.device import pick_device, seed_everything
-from data.photos import open_photo
+from data.photos import LoadedPhoto, load_photo
 from demo.standins import build_llava, llava_processor, train_llava_tokenizer
-from models.decoding import generation_config, photo_seed, samplers
-from models.vlm import PRESETS, PROMPT, Llava
+from models.decoding import PRESETS, generation_config, photo_seed, samplers, until_eos
+from models.vlm import PROMPT, VisionLanguageModel
 
 BATCHES = {"cpu": {8: 24}, "cuda": {1: 4, 8: 24, 32: 64}}  # photos a batch: photos in all; plain takes the first
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -32,7 +31,7 @@ TEXT = {"cpu": (512, 1376, 8, 8), "cuda": (4096, 11008, 32, 32)}
 OTHER = {"cpu": {"initializer_range": 0.1}, "cuda": {"vocab_size": 32064}}  # of the language model
 
 
-def build(device: torch.device) -> Llava:
+def build(device: torch.device) -> VisionLanguageModel:
     tokenizer = train_llava_tokenizer(["red house by a blue tree", "green tree by a red house"])
     vision = dict(zip(SHAPE, by_device(VISION, device))) | {"image_size": 336, "patch_size": 14}
     text = dict(zip(SHAPE, by_device(TEXT, device))) | by_device(OTHER, device)
@@ -40,29 +39,29 @@ def build(device: torch.device) -> Llava:
         model = build_llava(tokenizer, vision, text).to(by_device(DTYPES, device))
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=0.3)  # captions differ by photo
     model.generation_config.eos_token_id = model.config.text_config.bos_token_id  # random weights seldom write it
-    return Llava(model, llava_processor(tokenizer, image_size=336, patch_size=14), PROMPT)
+    return VisionLanguageModel(model, llava_processor(tokenizer, image_size=336, patch_size=14), PROMPT)
 
 
-def plain(llava: Llava, images: list[Image.Image], seeds: dict[str, list[int]]) -> dict[str, list[str]]:
-    model, processor, captions = llava.model, llava.processor, {}
-    eos, pad = model.generation_config.eos_token_id, processor.tokenizer.pad_token_id
+def plain(vlm: VisionLanguageModel, photos: list[LoadedPhoto], seeds: dict[str, list[int]]) -> dict[str, list]:
+    model, processor, captions = vlm.model, vlm.processor, {}
     for name, decoding in PRESETS.items():
         captions[name] = []
-        for image, seed in zip(images, seeds[name]):
-            inputs = processor(images=image, text=llava.prompt, return_tensors="pt").to(model.device, model.dtype)
-            inputs |= {"generation_config": generation_config(decoding, eos, pad)}
+        for photo, seed in zip(photos, seeds[name]):
+            inputs = processor(images=photo.image, text=vlm.prompt, return_tensors="pt").to(model.device, model.dtype)
+            inputs |= {"generation_config": generation_config(decoding, vlm.eos, vlm.tokenizer.pad_token_id)}
             ids = model.generate(**inputs, logits_processor=samplers(decoding, [seed]))
-            captions[name].append(llava.text(ids[0, inputs["input_ids"].shape[1] :]))
+            captions[name] += until_eos(ids[:, inputs["input_ids"].shape[1] :], vlm.eos)
     return captions
 
 
-def ours(llava: Llava, images: list[Image.Image], seeds: dict[str, list[int]], batch: int) -> dict[str, list[str]]:
+def ours(
+    vlm: VisionLanguageModel, photos: list[LoadedPhoto], seeds: dict[str, list[int]], batch: int
+) -> dict[str, list]:
     captions = {name: [] for name in PRESETS}
-    for start in range(0, len(images), batch):
+    for start in range(0, len(photos), batch):
         rows = slice(start, start + batch)
-        texts = llava.caption(images[rows], PRESETS, {name: seeds[name][rows] for name in PRESETS})
-        for name in PRESETS:
-            captions[name] += texts[name]
+        found = vlm.generate(photos[rows], PRESETS, {name: seeds[name][rows] for name in PRESETS})
+        captions = {name: captions[name] + found[name] for name in PRESETS}
     return captions
 
 
@@ -70,17 +69,17 @@ def ours(llava: Llava, images: list[Image.Image], seeds: dict[str, list[int]], b
 def main(cfg: Rounds) -> None:
     seed_everything(0)
     device = pick_device(cfg.device)
-    llava, batches = build(device), by_device(BATCHES, device)
+    vlm, batches = build(device), by_device(BATCHES, device)
     with TemporaryDirectory() as folder:
-        images = [open_photo(photo.path) for photo in write_photos(Path(folder), max(batches.values()))]
-    seeds = {name: [photo_seed(name, number) for number in range(len(images))] for name in PRESETS}
+        photos = [load_photo(photo) for photo in write_photos(Path(folder), max(batches.values()))]
+    seeds = {name: [photo_seed(name, number) for number in range(len(photos))] for name in PRESETS}
 
-    forms = {"plain": partial(plain, llava, images[: min(batches.values())], seeds)}
-    forms |= {f"ours, batch {size}": partial(ours, llava, images[:n], seeds, size) for size, n in batches.items()}
+    forms = {"plain": partial(plain, vlm, photos[: min(batches.values())], seeds)}
+    forms |= {f"ours, batch {size}": partial(ours, vlm, photos[:n], seeds, size) for size, n in batches.items()}
     seconds, captions = interleaved(forms, cfg.rounds)
     seconds, last = {name: seconds[name] / len(captions[name]["best"]) for name in forms}, list(forms)[-1]
     same = [a == b for name in PRESETS for a, b in zip(captions["plain"][name], captions[last][name])]
-    equal, distinct = sum(same) / len(same), {text for texts in captions[last].values() for text in texts}
+    equal, distinct = sum(same) / len(same), {str(ids) for found in captions[last].values() for ids in found}
     figures = {"speedup_vs_plain": seconds["plain"] / seconds[last], "captions_equal": equal}
     # in bf16 the likeliest words of random weights are near ties, so some captions differ
     figures |= {"distinct_captions": len(distinct), "agree": equal >= by_device({"cpu": 1.0, "cuda": 0.5}, device)}

@@ -11,7 +11,6 @@ says.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +68,8 @@ def one_form(form: str, photos: int, device: torch.device) -> Callable[[], list[
         captioner.decoder = merge_lora(captioner.decoder)
     if one:
         return torch.inference_mode()(lambda: [one(captioner, photo) for photo in features])
-    captioner.merge().place(device, torch.bfloat16 if form == "ours bf16" else torch.float32)
-    return partial(captioner.generate, features, WORDS)
+    captioner.ready(device, torch.bfloat16 if form == "ours bf16" else torch.float32)
+    return lambda: captioner.generate_from(features, {"": WORDS}, {"": []})[""]
 
 
 def main(cfg: Rounds) -> None:

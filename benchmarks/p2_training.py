@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from benchmarks.measure import Products, Rounds, by_device, interleaved, peak_memory, report, write_photos
 from common.config import run
 from common.device import pick_device, seed_everything
-from data.features import FeatureCache
 from data.photos import open_photo
 from models.captioner import Captioner
 from models.decoder import LoraConfig, add_lora
 from models.encoder import EncoderConfig, build_encoder
+from models.features import encode_files
 from models.packing import pack_rows
 from models.projector import Projector, ProjectorConfig
 from models.training import prepare_training
@@ -128,12 +128,14 @@ def time_in_loop(plain: partial, ours: partial, device: torch.device, rounds: in
     encoder, captions = build_encoder(EncoderConfig(weights="random")).to(device), ours.args[2]
     with TemporaryDirectory() as folder:
         photos = write_photos(Path(folder), len(captions), 224, 224)
-        cached, indices, _ = FeatureCache(encoder, Path(folder)).find(photos)
+        cached, *_ = encode_files(encoder, photos, Path(folder))
         pixels = [encoder.transform(open_photo(photo.path)) for photo in photos for _ in range(CAPTIONS)]
         pairs = torch.stack(pixels).to(device)
         forms = {
             "encoder in the loop, plain": lambda: plain_step(plain.args[0], encoder(pairs), captions),
-            "features cached, ours bf16": lambda: our_step(ours.args[0], cached[indices].to(device), captions),
+            "features cached, ours bf16": lambda: our_step(
+                ours.args[0], cached[range(len(photos))].to(device), captions
+            ),
         }
         return interleaved(forms, rounds)[0]
 

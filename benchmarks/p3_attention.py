@@ -14,7 +14,7 @@ import torch
 from benchmarks.measure import Rounds, by_device, interleaved, report
 from common.config import run
 from common.device import pick_device, seed_everything
-from models.attention import probing
+from models.attention import record_attention
 
 TOKENS, IMAGE, CAPTION, FIRST = 616, 576, 20, 10  # the image tokens begin behind 10 tokens of the prompt
 LAYERS, HEADS = 32, 32
@@ -38,7 +38,7 @@ def main(cfg: Rounds) -> None:
     sdpa = partial(model, input_ids=ids, use_cache=False)
 
     def probe() -> tuple[torch.Tensor, int]:
-        with probing(model, rows, columns) as recorder:
+        with record_attention(model, rows, columns) as recorder:
             sdpa()
         kept = recorder.mean + recorder.peak
         return torch.stack(recorder.mean)[:, 0], sum(one.numel() * one.element_size() for one in kept)

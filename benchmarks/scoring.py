@@ -20,11 +20,11 @@ import torch
 from benchmarks.measure import Rounds, interleaved, report, write_photos
 from common.config import run
 from common.device import pick_device, seed_everything
-from data.features import FeatureCache
 from data.photos import open_photo
 from demo import shapes
 from metrics.cider import cider, find_java, tokenize_lines
-from metrics.clipscore import Clip, PhotoSide, encode_captions, tokenize
+from metrics.clipscore import Clip, ImageTower, encode_captions, tokenize
+from models.features import encode_files
 
 PHOTOS, TEXTS, SEEN = 1000, 128, 200  # photos of CIDEr, captions that CLIP encodes, photos that it encodes or finds
 
@@ -90,7 +90,7 @@ def time_photos(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
             return torch.cat([clip.model.encode_image(one, normalize=True) for one in pixels]).cpu()
 
         def cached() -> torch.Tensor:
-            features, *_ = FeatureCache(PhotoSide(clip), Path(folder) / "cache", np.float32).find(photos)
+            features, *_ = encode_files(ImageTower(clip), photos, Path(folder) / "cache", dtype=np.float32)
             return features[range(len(photos))][:, 0]
 
         cached()  # the first run

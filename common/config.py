@@ -12,10 +12,11 @@ import signal
 import sys
 import types
 import typing
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 T = TypeVar("T")
 
@@ -38,39 +39,121 @@ def check(problems: Sequence[str], shown: int = 5) -> None:
 def parse_config(Config: type[T], args: Sequence[str] | None = None, aliases: dict[str, str] | None = None) -> T:
     """Read a frozen config dataclass from `--config FILE` and flags (nested fields dotted: `--finetune.lr 3e-4`).
 
-    jsonargparse does the work; mended here: list fields take values separated by spaces, switches stand bare,
-    flags may have `aliases` {alias: field}, and a mistake is a UserError of one line that begins with the key.
+    List fields take values separated by spaces, switches need no value, flags may have `aliases` {alias: field}, and
+    of two values for one setting the later counts. Raises UserError in one line that begins with the setting's name.
     """
-    from jsonargparse import ArgumentError
-
-    parser, fields = _parser(Config), field_types(Config)
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
-    args = _spaced_lists_and_bare_switches(sys.argv[1:] if args is None else args, fields, aliases or {})
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            parsed = parser.instantiate(parser.parse_args(args))
-    except (ArgumentError, TypeError) as error:
-        raise UserError(_one_line(str(error), fields, args)) from None
-    return _built(Config, parsed)
+    args = list(sys.argv[1:] if args is None else args)
+    asked = [arg for arg in args if arg.partition("=")[0] in ("-h", "--help", "--print_config")]
+    settings = _read_flags([arg for arg in args if arg not in asked], field_types(Config), aliases or {})
+    if asked:  # jsonargparse prints the help, or the settings, and ends the process
+        texts = (f"--{key}={json.dumps(one) if one is None else one}" for key, one in settings.items())
+        _parser(Config).parse_args([*asked, *texts])
+    return _build(Config, settings)
 
 
 def config_from(Config: type[T], values: Any) -> T:
-    """A config dataclass from nested plain values, checked like a command line. Raises UserError."""
-    from jsonargparse import ArgumentError
-
+    """A config dataclass from nested plain values, checked as on a command line. Raises UserError."""
     if not isinstance(values, dict):
         raise UserError(f"expected a mapping of keys to values, got {values!r:.60}")
-    parser = _parser(Config)
+    return _build(Config, flatten(values))
+
+
+def field_types(Config: type, prefix: str = "") -> dict[str, Any]:
+    """Type of every field of a config dataclass by its dotted name; fields that are dataclasses are entered."""
+    fields: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            fields |= field_types(kind, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = kind
+    return fields
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted name.
+
+    >>> flatten({"seed": 0, "lora": {"rank": 8}})
+    {'seed': 0, 'lora.rank': 8}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
+    """The settings by dotted name, as `args` and the files named in them give them, not yet converted."""
+    settings: dict[str, Any] = {}
+    files = {"config"} | {name.rpartition(".")[0] for name in fields if "." in name}  # settings, or a group of them
+    while args:
+        flag, equals, value = args.pop(0).partition("=")
+        key = aliases.get(flag.removeprefix("--"), flag.removeprefix("--"))
+        kind, values = fields.get(key), [value] if equals else []
+        while not equals and args and not args[0].startswith("--") and (_is_list(kind) or not values):
+            values.append(args.pop(0))
+        if not flag.startswith("--") or key not in fields.keys() | files:
+            settings[key] = None  # an unknown setting, which is refused later
+        elif not values and kind is not bool:
+            raise UserError(f"{key}: expected a value, none given")
+        elif key in files:
+            settings |= flatten(_read_yaml(key, values[0]), "" if key == "config" else f"{key}.")
+        elif _is_list(kind) and not values[0].startswith("["):
+            settings[key] = json.dumps(values, ensure_ascii=False)
+        else:
+            settings[key] = values[0] if values else "true"
+    return settings
+
+
+def _read_yaml(key: str, file: str) -> dict[str, Any]:
+    expected = f"{key}: {file}: expected YAML lines of `key: value`"
     try:
-        parsed = parser.instantiate(parser.parse_object(values))
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{expected}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{expected}, got {values!r:.60}")
+    return values
+
+
+def _build(Config: type[T], settings: dict[str, Any]) -> T:
+    """The config of these settings by dotted name, each converted to its field's type by jsonargparse."""
+    from jsonargparse import ArgumentError, Namespace
+
+    parser, fields, given = _parser(Config), field_types(Config), Namespace()
+    for key, value in settings.items():
+        if key not in fields:
+            raise _unknown(key, value, fields)
+        given[key] = value
+    try:
+        parsed = parser.instantiate(parser.parse_object(given))
     except (ArgumentError, TypeError) as error:
-        raise UserError(_one_line(str(error), field_types(Config), ())) from None
-    return _built(Config, parsed)
-
-
-def _built(Config: type[T], parsed: Any) -> T:
+        match = re.search(r'key "([^"]+)"|required: (.*)', str(error))
+        if match and match[2]:
+            raise UserError(f"{match[2]}: required, not given") from None
+        if match is None or match[1] not in settings:
+            raise UserError(" ".join(str(error).split())) from None
+        expected, got = _in_words(fields[match[1]]), str(settings[match[1]])
+        raise UserError(f"{match[1]}: expected {expected}, got {got!r}") from None
     return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
+
+
+def _unknown(key: str, value: Any, fields: dict[str, Any]) -> UserError:
+    if any(name.startswith(f"{key}.") for name in fields):
+        return UserError(f"{key}: expected a mapping of keys to values, got {value!r:.60}")
+    near = [name for name in fields if name.endswith(f".{key}")] or difflib.get_close_matches(key, fields, n=1)
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them all"
+    return UserError(f"{key}: unknown setting; {hint}")
+
+
+def _parser(Config: type):
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    about = sys.modules[Config.__module__].__doc__
+    parser = ArgumentParser(prog=Path(sys.argv[0]).name, description=about, exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(Config)
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
+    return parser
 
 
 def _plain(value: Any) -> Any:
@@ -85,94 +168,41 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _parser(Config: type):
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    about = sys.modules[Config.__module__].__doc__
-    parser = ArgumentParser(prog=Path(sys.argv[0]).name, description=about, exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(Config)
-    return parser
-
-
-def field_types(Config: type, prefix: str = "") -> dict[str, Any]:
-    """Type of every field of a config dataclass by its dotted name; fields that are dataclasses are entered."""
-    fields: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(Config).items():
-        if dataclasses.is_dataclass(kind):
-            fields |= field_types(kind, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = kind
-    return fields
-
-
 def _is_list(kind: Any) -> bool:
-    return list in (kind, typing.get_origin(kind)) or any(_is_list(part) for part in typing.get_args(kind))
+    return list in (kind, typing.get_origin(kind)) or any(map(_is_list, typing.get_args(kind)))
 
 
-def _spaced_lists_and_bare_switches(args: Sequence[str], fields: dict[str, Any], aliases: dict[str, str]) -> list[str]:
-    """Rewrite `--xs 1 2 --dry_run` as `--xs=["1", "2"] --dry_run=true`, the form that jsonargparse reads."""
-    given, out = list(args), []
-    while given:
-        flag, equals, value = given.pop(0).partition("=")
-        key = flag.removeprefix("--")
-        key = aliases.get(key, key)
-        values = [value] if equals else []
-        if not flag.startswith("--") or key not in fields:
-            out.append(flag + equals + value)
-            continue
-        while not equals and given and not given[0].startswith("--") and (_is_list(fields[key]) or not values):
-            values.append(given.pop(0))
-        if fields[key] is bool and not values:
-            values = ["true"]
-        if _is_list(fields[key]) and values and not values[0].startswith("["):
-            values = [json.dumps(values, ensure_ascii=False)]
-        out.append(f"--{key}={values[0]}" if values else f"--{key}")
-    return out
-
-
-def _expected(kind: Any) -> str:
+def _in_words(kind: Any) -> str:
     """A type in words: `one of a, b`, `PositiveInt or null`."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, parts))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_expected, parts))
-    if kind is type(None):
-        return "null"
-    return str(kind) if parts else kind.__name__
+        return " or ".join(map(_in_words, parts))
+    if origin is list:
+        return f"list[{_in_words(*parts)}]"
+    return "null" if kind is type(None) else kind.__name__
 
 
-def _one_line(message: str, fields: dict[str, Any], args: Sequence[str]) -> str:
-    """jsonargparse's message as `KEY: what was expected, what was given`."""
-    if match := re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
-        key, detail = match[1], " ".join(match[2].split())
-        if key not in fields:
-            return f"{key}: {detail}"
-        what = next((arg.partition("=")[2] for arg in reversed(args) if arg.startswith(f"--{key}=")), None)
-        if what is None:  # it stands in the file of --config
-            given = re.search(r"Given value: (.*)$", detail) or re.search(
-                r"Got value: (.*)$|: (\S+) (?:does not conform|not an)|(?:to float|base 10): (.*)$|, not '?(\w+)'?$",
-                detail,
-            )
-            what = next((group for group in given.groups() if group is not None), "") if given else detail
-        return f"{key}: expected {_expected(fields[key])}, got {what.strip(chr(39))!r}"
-    unknown = re.search(r"(?:Option|option) '([^']+)'|unrecognized arguments: (\S+)", message)
-    if unknown:
-        group = re.search(r"Group '([^']+)'", message)
-        key = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2]).removeprefix("--").partition("=")[0]
-        near = [name for name in fields if name.endswith(f".{key}")] or difflib.get_close_matches(key, fields, n=1)
-        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them all"
-        return f"{key}: unknown setting; {hint}"
-    if match := re.search(r"following arguments are required: (.*)", message):
-        return f"{match[1]}: required, not given"
-    if match := re.search(r"argument --([\w.]+)(?:/\S+)?: expected", message):
-        return f"{match[1]}: expected a value, none given"
-    if "must be a mapping" in message:
-        return "config: a group of settings must be a mapping of keys to values"
-    if match := re.match(r"(?:Unexpected|Problems parsing) config:(.*)", message, re.DOTALL):
-        return f"config: expected YAML lines of `key: value`, got {' '.join(match[1].split()) or 'none'}"
-    return " ".join(message.split())
+def plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested plain values, for YAML and JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, value before, value now) of each setting of `now` that differs.
+
+    >>> changed({"lr": 1, "lora": {"rank": 8}}, {"lr": 1, "lora": {"rank": 16}})
+    [('lora.rank', 8, 16)]
+    """
+    found = []
+    for key, value in now.items():
+        old = before.get(key) if isinstance(before, dict) else None
+        if isinstance(value, dict):
+            found += changed(old or {}, value, f"{prefix}{key}.")
+        elif value != old:
+            found.append((prefix + key, old, value))
+    return found
 
 
 def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | None = None) -> None:

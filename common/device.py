@@ -1,7 +1,12 @@
 """Devices, precision, random seeds, and the versions of the libraries that results depend on."""
 
+import hashlib
 import random
 import typing
+from importlib.metadata import version
+
+import numpy
+import torch
 
 from common.config import UserError
 
@@ -10,16 +15,11 @@ Precision = typing.Literal["float32", "bf16", "fp16"]
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that results depend on, for files that say how they were made."""
-    from importlib.metadata import version
-
     return {name: version(name) for name in ("torch", "transformers", "peft", "timm", "open_clip_torch")}
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's global generators."""
-    import numpy
-    import torch
-
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed % 2**63)
@@ -30,8 +30,6 @@ def pick_device(name: str):
 
     Raises UserError where torch does not know the name or the device is not there.
     """
-    import torch
-
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -42,14 +40,10 @@ def pick_device(name: str):
     return device
 
 
-def weights_hash(about: str, net) -> str:
+def module_hash(about: str, module) -> str:
     """Hash of every weight of a torch module and of `about`, which says what else decides its output."""
-    import hashlib
-
-    import torch
-
     digest = hashlib.blake2b(about.encode(), digest_size=10)
-    for name, tensor in net.state_dict().items():
+    for name, tensor in module.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -57,6 +51,4 @@ def weights_hash(about: str, net) -> str:
 
 def torch_dtype(precision: Precision):
     """The torch dtype of a `precision` setting."""
-    import torch
-
     return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -1,20 +1,62 @@
-"""Files written whole, files that only grow, and checks of where output goes."""
+"""Files and folders that are written whole, files that only grow, and checks of where output goes."""
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from common.config import UserError
 
 
+def read_text(path: Path, expected: str = "a text file") -> str:
+    """The UTF-8 text of `path` (a byte order mark is dropped). Raises UserError saying what was `expected`."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; expected {expected}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; expected {expected}") from None
+
+
+def check_output(path: Path, overwrite: bool, key: str = "output") -> None:
+    """Make the folder of `path`. Raises UserError where `path` cannot be written, or exists without `overwrite`."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{key}: {path} is a folder; expected the name of a file")
+        if path.exists() and not overwrite:
+            raise UserError(f"{key}: {path} exists; give another name, or --overwrite to replace it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be written: {error.strerror}") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{key}: {path} cannot be written: no permission")
+
+
+def folder_problems(folder: Path, replace: bool, hint: str, marker: str | None = None) -> list[str]:
+    """What is wrong with an output folder: it is a file, or it exists and may not be replaced.
+
+    `hint` says what to do then. With a `marker`, a folder that is not empty must hold a file of this name.
+    """
+    if folder.exists() and not folder.is_dir():
+        return [f"output: {folder} is a file; expected the name of a folder"]
+    if not folder.exists() or not any(folder.iterdir()):
+        return []
+    if marker and not (folder / marker).exists():
+        return [f"output: {folder} holds something other than a run; give another name"]
+    return [] if replace else [f"output: {folder} exists; {hint}"]
+
+
+# ------------------------------------------------------------------------------------------- written whole
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` and move it there when the block ends well: readers never see half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name[-40:]}.{os.getpid()}.part")  # cut, for a name may have 255 bytes at most
     try:
         yield part
         os.replace(part, path)
@@ -28,39 +70,85 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
         part.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
 
 
-def check_output(path: Path, overwrite: bool, key: str = "output") -> None:
-    """Make the folder of `path`. Raises UserError where `path` cannot be written, or exists without `overwrite`."""
-    if path.is_dir():
-        raise UserError(f"{key}: {path} is a folder; expected the name of a file")
-    if path.exists() and not overwrite:
-        raise UserError(f"{key}: {path} exists; give another name, or --overwrite to replace it")
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Give a new folder beside `folder`, which takes its place when the block ends well.
+
+    The old folder is kept until the new one is in place. A process killed between the two renames leaves the old one
+    at `kept_folder(folder)`; `restore_folder` brings it back.
+    """
+    part, kept = _leftovers(folder)
+    restore_folder(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key}: {path} cannot be written: {error.strerror}") from None
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{key}: {path} cannot be written: no permission")
+        yield part
+        shutil.rmtree(kept, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, kept)
+        os.rename(part, folder)
+    finally:
+        restore_folder(folder)
+        for leftover in (part, kept):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, flushed at once, so that a killed run keeps what it measured."""
+def kept_folder(folder: Path) -> Path:
+    """Where the old `folder` stands while a new one takes its place."""
+    return _leftovers(folder)[1]
+
+
+def restore_folder(folder: Path) -> None:
+    """Bring the old `folder` back, where a process was killed after it had moved it away."""
+    if not folder.exists():
+        with suppress(FileNotFoundError):  # there is nothing to bring back, or another process was faster
+            os.rename(kept_folder(folder), folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete `folder` and what a killed process may have left beside it."""
+    for path in (folder, *_leftovers(folder)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _leftovers(folder: Path) -> tuple[Path, Path]:
+    """A new folder that is not complete, and the old one that it was to replace."""
+    return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+
+
+# ------------------------------------------------------------------------------------------- files that grow
+
+
+class JsonLines:
+    """A file that grows by one JSON value a line.
+
+    Each value is in the file when `append` returns, so a killed run keeps what it wrote. The kill, or a full disk, may
+    leave half a last line: `rows` does not read it, and the next `append` cuts it off.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
 
-    def append(self, **figures: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+    def rows(self) -> list[Any]:
+        """The values so far; none where there is no file. Raises UserError where a whole line is not JSON."""
+        try:
+            return [json.loads(line.decode()) for line in self.path.read_bytes().split(b"\n")[:-1]]
+        except FileNotFoundError:
+            return []
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path}: expected one JSON value a line: {error}") from None
+
+    def append(self, value: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            if end and file.read() != b"\n":
+                file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+            file.write(json.dumps(value).encode() + b"\n")
 
     def keep(self, count: int) -> None:
-        """Drop all but the first `count` rows."""
+        """Drop all but the first `count` values."""
         rows = self.rows()[:count]
         with written_whole(self.path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-    def rows(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")  # a full disk leaves half a line
-        return [json.loads(line) for line in whole.splitlines()]

@@ -1,7 +1,7 @@
 """Which captions go together: rows of one photo's captions, batches of rows, an epoch's order."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 Caption = list[int]  # token ids
 Row = tuple[int, list[Caption]]  # (index of the photo, captions that share its prefix)
@@ -23,10 +23,9 @@ def epoch_batches(
     """
     shuffle = random.Random(seed).shuffle if seed is not None else lambda items: None
     rows: list[Row] = []
-    for photo, own in enumerate(captions):
-        own = list(own)
-        shuffle(own)
-        rows += [(photo, own[i : i + captions_per_row]) for i in range(0, len(own), captions_per_row)]
+    for photo, of_photo in enumerate(map(list, captions)):
+        shuffle(of_photo)
+        rows += [(photo, of_photo[i : i + captions_per_row]) for i in range(0, len(of_photo), captions_per_row)]
     shuffle(rows)
     size = batch_size // captions_per_row
     if bucket:
@@ -46,3 +45,16 @@ def row_tokens(row: Row) -> int:
 def batch_tokens(batch: Sequence[Row]) -> int:
     """Supervised tokens of a batch."""
     return sum(map(row_tokens, batch))
+
+
+def optimizer_steps(
+    batches: Sequence[list[Row]], accumulation: int = 1, processes: int = 1, process: int = 0
+) -> Iterator[tuple[list[list[Row]], int]]:
+    """For each optimizer step the batches of one process, and the supervised tokens of all processes' batches.
+
+    Where the last batches of an epoch are fewer than the processes, the processes left over get an empty one.
+    """
+    together = accumulation * processes
+    for start in range(0, len(batches), together):
+        group = batches[start : start + together]
+        yield group[process::processes] or [[]], sum(map(batch_tokens, group))

@@ -1,8 +1,7 @@
-"""What evaluate.py scores: the captions of one run or several, matched with photos and references, faults named."""
+"""What evaluate.py scores: captions of one or more runs, matched with the photos and their references."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,115 +10,125 @@ from data.annotations import find_data, read_annotations
 from data.photos import Photo
 from data.predictions import meta_path, read_predictions
 
-LONG = 100  # words; a captioner that repeats itself without end
+LONG = 100  # words; a longer caption is most likely one that repeats itself
 
 MissingPolicy = Literal["error", "skip", "zero"]
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """The captions of one run, in its file's order, of the photos that are scored."""
+class Run:
+    """The captions of one run, {photo stem: caption}."""
 
     name: str
     path: Path
     captions: dict[str, str]
+    undecoded: frozenset[str] = frozenset()
+    """Stems of the photos that the run could not decode, as the meta file of its predictions says."""
 
 
-def read_scored(
-    predictions: list[Path],
-    data: Path | None,
-    annotations: Path | None,
-    images: Path | None,
-    split: str | None,
-    limit: int | None,
-    missing: MissingPolicy,
-    photos_needed: bool,
-    notice: Callable[[str], None],
-) -> tuple[list[Predicted], list[Photo], dict[str, list[str]]]:
-    """The runs, their photos (in the first run's order) and all references by stem.
+@dataclass(frozen=True)
+class Inputs:
+    """All that is scored: every run has one caption for every photo."""
 
-    Every run is scored on the same photos, for a score depends on how many there are, and a mean over the photos that
-    happen to have a caption would flatter a captioner that skips the hard ones. Raises UserError where predictions and
-    photos do not match, as far as `missing` does not say what to do.
-    """
-    if not predictions:
-        raise UserError("predictions: expected at least one file")
-    twice = [path for path in set(predictions) if predictions.count(path) > 1]
+    runs: list[Run]
+    """Their captions are in the order of `photos`, because the tokens of a caption may depend on its neighbour."""
+    photos: list[Photo]
+    """The scored photos, in the order of the first run."""
+    references: dict[str, list[str]]
+    """References of all annotated photos by stem, also of those that are not scored."""
+    notices: list[str]
+    """What the user should know about the captions, one line each."""
+
+
+def read_runs(predictions: list[Path]) -> list[Run]:
+    """The captions of each file. A run has its file's name, or the whole path where two files have the same name."""
+    twice = [path for path in dict.fromkeys(predictions) if predictions.count(path) > 1]
+    check([] if predictions else ["predictions: expected at least one file"])
     check([f"predictions: {path} is given twice" for path in twice])
+    names = [path.name.removesuffix(".json") for path in predictions]
+    if len(set(names)) < len(names):
+        names = list(map(str, predictions))
+    return [Run(name, path, read_predictions(path), _undecoded(path)) for name, path in zip(names, predictions)]
+
+
+def _undecoded(predictions: Path) -> frozenset[str]:
+    try:
+        meta = json.loads(meta_path(predictions).read_text(encoding="utf-8"))
+        return frozenset(Path(name).stem for name in meta["skipped"])
+    except (OSError, ValueError, KeyError, TypeError):  # captions of other programs have no meta file
+        return frozenset()
+
+
+def read_references(
+    data: Path | None, annotations: Path | None, images: Path | None, split: str | None
+) -> tuple[Path, list[Photo]]:
+    """The annotation file, given or found in the folder `data`, and its photos. Raises UserError."""
     if data and images:
         raise UserError("images: expected either data or images, got both")
     if (data is None) == (annotations is None):
         raise UserError("annotations: expected either annotations or data, got " + ("both" if data else "neither"))
-    runs = [read_predictions(path) for path in predictions]
     if data:
         (annotations, images), split = find_data(data, split or "val"), None
-    annotated = read_annotations(annotations, images, split)
-    by_stem = {photo.stem: photo for photo in annotated[:limit]}
-    references = {photo.stem: list(photo.captions) for photo in annotated}
+    return annotations, read_annotations(annotations, images, split)
 
-    problems, left_out = [], {}
-    if photos_needed and any(photo.path is None for photo in by_stem.values()):
+
+def match(
+    runs: list[Run], annotated: list[Photo], annotations: Path, limit: int | None, missing: MissingPolicy, clip: bool
+) -> Inputs:
+    """Choose the photos to score: the first `limit` of the annotations, without those that `missing` leaves out.
+
+    Every run is scored on the same photos: a score depends on their number, and a mean over only the captioned
+    photos would favour a run that skips the hard ones. Raises UserError where captions and photos do not match and
+    `missing` does not say what to do, and where `clip` is true and the photos' files are not known.
+    """
+    references = {photo.stem: list(photo.captions) for photo in annotated}
+    photos = {photo.stem: photo for photo in annotated[:limit]}
+    problems, notices, left_out = [], [], set()
+    if clip and any(photo.path is None for photo in photos.values()):
         problems.append("images: expected the folder of the photos, which CLIPScore reads; or give --metrics cider")
-    for path, captions in zip(predictions, runs):
-        unknown = [stem for stem in captions if stem not in references]
+    for run in runs:
+        unknown = [stem for stem in run.captions if stem not in references]
         if unknown:
-            problems.append(f"annotations: {annotations} has no references for {first_of(unknown)} of {path}")
-        skipped = _skipped_photos(path)
-        absent = [stem for stem in by_stem if stem not in captions]
-        undecoded = [stem for stem in absent if stem in skipped]
-        absent = [stem for stem in absent if stem not in skipped]
-        if undecoded:
-            notice(f"{first_of(undecoded)} could not be decoded when captioning, and is not scored")
-            left_out |= dict.fromkeys(undecoded)
+            problems.append(f"annotations: {annotations} has no references for {first_of(unknown)} of {run.path}")
+        undecoded = [stem for stem in photos if stem not in run.captions and stem in run.undecoded]
+        absent = [stem for stem in photos if stem not in run.captions and stem not in run.undecoded]
+        left_out.update(undecoded, absent if missing == "skip" else ())
         if absent and missing == "error":
             problems.append(
-                f"predictions: {path} has no caption for {first_of(absent)} of {annotations}; caption them, give "
+                f"predictions: {run.path} has no caption for {first_of(absent)} of {annotations}; caption them, give "
                 "--missing skip or zero, or score against annotations of the captioned photos only (--limit takes the "
-                "first so many)"
+                "first ones)"
             )
-        elif absent:
-            done = "left out for all runs" if missing == "skip" else "scored 0"
-            notice(f"{path} has no caption for {first_of(absent)}: {done}")
-            left_out |= dict.fromkeys(absent) if missing == "skip" else {}
-            captions |= dict.fromkeys(absent, "") if missing == "zero" else {}
-        broken = [stem for stem, caption in captions.items() if len(caption.splitlines()) > 1]
-        if broken:
-            notice(f"{path}: line breaks in the caption of {first_of(broken)}, read as spaces")
-        endless = [stem for stem, caption in captions.items() if len(caption.split()) > LONG]
-        if endless:
-            notice(f"{path}: more than {LONG} words in the caption of {first_of(endless)}; BLEU's lengths follow them")
+        notices += _notices(run, undecoded, absent, missing)
     check(problems)
-    scored = [stem for stem in runs[0] if stem in by_stem and stem not in left_out]
+
+    scored = [stem for stem in dict.fromkeys([*runs[0].captions, *photos]) if stem in photos and stem not in left_out]
     if not scored:
-        files = " and ".join(map(str, predictions))
+        files = " and ".join(str(run.path) for run in runs)
         raise UserError(f"predictions: no photo of {annotations} has a caption in {files}")
-    return (
-        [
-            # in one order, for a caption's tokens may depend on its neighbour
-            Predicted(name, path, {stem: captions[stem] for stem in scored})
-            for name, path, captions in zip(_names(predictions), predictions, runs)
-        ],
-        [by_stem[stem] for stem in scored],
-        references,
-    )
+    # a caption can be absent here only where `missing` is zero
+    runs = [replace(run, captions={stem: run.captions.get(stem, "") for stem in scored}) for run in runs]
+    return Inputs(runs, [photos[stem] for stem in scored], references, notices)
 
 
-def _names(predictions: list[Path]) -> list[str]:
-    """A short name a run: the file's, or its whole path where two files have one name."""
-    short = [path.name.removesuffix(".json") for path in predictions]
-    return short if len(set(short)) == len(short) else [str(path) for path in predictions]
-
-
-def _skipped_photos(predictions: Path) -> set[str]:
-    """Stems of the photos that could not be decoded, as the predictions' meta file says; none where there is none."""
-    try:
-        skipped = json.loads(meta_path(predictions).read_text(encoding="utf-8"))["skipped"]
-        return {Path(name).stem for name in skipped}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+def _notices(run: Run, undecoded: list[str], absent: list[str], missing: MissingPolicy) -> list[str]:
+    done = "left out for all runs" if missing == "skip" else "scored 0"
+    broken = [stem for stem, caption in run.captions.items() if len(caption.splitlines()) > 1]
+    long = [stem for stem, caption in run.captions.items() if len(caption.split()) > LONG]
+    notices = [
+        (undecoded, f"{run.path}: the run could not decode {first_of(undecoded)}: left out for all runs"),
+        (absent, f"{run.path} has no caption for {first_of(absent)}: {done}"),
+        (broken, f"{run.path}: line breaks in the caption of {first_of(broken)}, read as spaces"),
+        (long, f"{run.path}: more than {LONG} words in the caption of {first_of(long)}; this changes BLEU much"),
+    ]
+    return [text for stems, text in notices if stems]
 
 
 def first_of(stems: list[str], shown: int = 5) -> str:
-    """`3 photos (a, b, c)`, the rest counted."""
+    """`3 photos (a, b, c)`; of many photos only the first are named.
+
+    >>> first_of(["a", "b", "c"], shown=2)
+    '3 photos (a, b and 1 more)'
+    """
     rest = f" and {len(stems) - shown} more" if len(stems) > shown else ""
     return f"{len(stems)} photo{'s' * (len(stems) > 1)} ({', '.join(stems[:shown])}{rest})"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.config import UserError, check
-from data.annotations import read_text
+from common.files import read_text
 
 EXPECTED = "COCO instances: images, categories and annotations with a segmentation each"
 
@@ -31,11 +31,10 @@ class Instances:
 
         found = {}
         for name, segmentations in self.objects.get(stem, {}).items():
-            height, width = self.sizes[stem]
             lengths = []
             for one in segmentations:
                 if isinstance(one, list) or isinstance(one["counts"], list):
-                    one = run_lengths.frPyObjects(one, height, width)
+                    one = run_lengths.frPyObjects(one, *self.sizes[stem])
                 lengths += one if isinstance(one, list) else [one]
             found[name] = run_lengths.decode(run_lengths.merge(lengths)).astype(bool)
         return found
@@ -47,16 +46,14 @@ def read_instances(path: Path) -> Instances:
         content = json.loads(read_text(path, EXPECTED))
         names = {category["id"]: category["name"] for category in content["categories"]}
         stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
-        twice = [stem for stem, count in Counter(stems.values()).items() if count > 1]
-        sizes = {Path(image["file_name"]).stem: (image["height"], image["width"]) for image in content["images"]}
+        sizes = {stems[image["id"]]: (image["height"], image["width"]) for image in content["images"]}
         objects: dict[str, dict[str, list]] = {stem: {} for stem in sizes}
         for annotation in content["annotations"]:
             stem, shape = stems[annotation["image_id"]], annotation["segmentation"]
             if not _is_segmentation(shape, sizes[stem]):
-                raise UserError(
-                    f"instances: {path}: segmentation of annotation {annotation.get('id')} is {shape!r:.60}; expected "
-                    "polygons of three corners or more, or run lengths of the photo's size"
-                )
+                expected = "polygons of three corners or more, or run lengths of the photo's size"
+                where = f"segmentation of annotation {annotation.get('id')}"
+                raise UserError(f"instances: {path}: {where} is {shape!r:.60}; expected {expected}")
             objects[stem].setdefault(names[annotation["category_id"]], []).append(shape)
     except (ValueError, RecursionError) as error:
         raise UserError(f"instances: {path}: not JSON ({error}); expected {EXPECTED}") from None
@@ -64,8 +61,9 @@ def read_instances(path: Path) -> Instances:
         raise UserError(f"instances: {path}: {error} is missing or unknown; expected {EXPECTED}") from None
     except (TypeError, AttributeError):
         raise UserError(f"instances: {path}: expected {EXPECTED}") from None
+    twice = [stem for stem, count in Counter(stems.values()).items() if count > 1]
     check([f"instances: {path}: two photos with the stem {stem!r}" for stem in twice])
-    check([f"instances: {path}: no photos in it"] if not objects else [])
+    check([f"instances: {path}: no photos in it"] * (not objects))
     return Instances(path, sizes, objects, list(names.values()))
 
 

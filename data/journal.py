@@ -1,143 +1,94 @@
 """Captioning that survives a kill: every finished photo goes to a journal, the outputs are written when all are done.
 
 `NAME.journal.jsonl` beside the output `NAME.json` holds the run's settings in its first line, then for each photo a
-line [stem, {name of the decoding: caption}]. It goes when the outputs stand.
+line [stem, {name of the decoding: caption}]. It is deleted when the outputs have been written.
 """
 
 import json
-import sys
 import time
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from tqdm import tqdm
-
-from common.config import NothingDone, UserError
-from common.files import check_output
-from data.photos import BadPhoto, Photo, load_photos
+from common.config import UserError, flatten
+from common.files import JsonLines, check_output
+from data.photos import BadPhoto, LoadedPhoto, Photo
 from data.predictions import write_predictions
 
 
 class Journal:
-    """The captions of one run so far, of one decoding or several.
+    """The captions of one run so far, by one decoding or several.
 
-    `outputs` are the predictions files by the name of the decoding, `settings` what each was made with. Raises
-    UserError where an output exists, or the run was begun under other settings.
+    `settings` {name of the decoding: what its captions are made with} go into the meta files. The predictions of a
+    single decoding go to `output`, of several to NAME.DECODING.json each. Raises UserError where an output exists, or
+    where the run was begun with other settings.
     """
 
-    def __init__(
-        self, output: Path, outputs: dict[str, Path], settings: dict[str, dict[str, Any]], overwrite: bool = False
-    ):
-        self.path = output.with_name(output.name.removesuffix(".json") + ".journal.jsonl")
-        self.outputs, self.settings = outputs, json.loads(json.dumps(settings, default=str))
-        self.captions: dict[str, dict[str, str]] = {}  # by stem, then by name
-        self._whole = 0  # bytes of whole lines
-        if self.path.exists() and not overwrite:
+    def __init__(self, output: Path, settings: dict[str, dict[str, Any]], overwrite: bool = False):
+        self.start, stem = time.monotonic(), output.name.removesuffix(".json")
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.outputs = {name: output.with_name(f"{stem}.{name}.json") for name in settings}
+        if len(settings) == 1:
+            self.outputs = dict.fromkeys(settings, output)
+        self.file = JsonLines(output.with_name(f"{stem}.journal.jsonl"))
+        self.captions: dict[str, dict[str, str]] = {}
+        """{stem: {name of the decoding: caption}}"""
+        check_output(self.file.path, overwrite=True)
+        if not overwrite:
             self._read()
-        for file in outputs.values():  # killed between its last two steps, a run has both journal and output
-            check_output(file, overwrite or self._whole > 0)
+        for path in self.outputs.values():  # a run killed between its last two steps leaves both journal and output
+            check_output(path, overwrite or bool(self.captions))
         if overwrite:
-            self.path.unlink(missing_ok=True)
+            self.file.path.unlink(missing_ok=True)
 
     def _read(self) -> None:
-        whole = self.path.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may have left half a line
-        if not whole:
-            return
         try:
-            lines = whole.decode("utf-8").splitlines()
-            before, *photos = map(json.loads, lines)
-            self.captions = {stem: {name: captions[name] for name in before} for stem, captions in photos}
+            before, *photos = self.file.rows() or [self.settings]
+            self.captions = {stem: {name: "" + captions[name] for name in before} for stem, captions in photos}
             changed = _changed(before, self.settings)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f"output: {self.path} is no journal of captions; --overwrite begins anew") from None
+        except (UserError, ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"output: {self.file.path} is no journal of captions; --overwrite begins anew") from None
         if changed:
-            raise UserError(f"output: {self.path} was begun with {changed}; --overwrite begins anew")
-        self._whole = len(whole)
+            raise UserError(f"output: {self.file.path} was begun with {changed}; --overwrite begins anew")
 
-    def open(self) -> None:
-        """Be ready to append behind the last whole line."""
-        self._file = self.path.open("a", encoding="utf-8")
-        self._file.truncate(self._whole)
-        if not self._whole:
-            self._write(self.settings)
+    @property
+    def done(self) -> int:
+        """How many photos have their captions."""
+        return len(self.captions)
 
-    def _write(self, value: Any) -> None:
-        self._file.write(json.dumps(value) + "\n")
-        self._file.flush()
+    def missing(self, photos: Sequence[Photo]) -> list[Photo]:
+        """Those of `photos` that have no captions yet."""
+        return [photo for photo in photos if photo.stem not in self.captions]
 
-    def append(self, stem: str, captions: dict[str, str]) -> None:
-        """Keep the captions of one photo, by name."""
-        self.captions[stem] = captions
-        self._write((stem, captions))
+    def append(self, batch: Sequence[LoadedPhoto], captions: dict[str, list[str]]) -> None:
+        """Keep the captions of a batch: for each decoding a list, a caption a photo."""
+        if not self.captions and not self.file.rows():
+            self.file.append(self.settings)
+        for i, loaded in enumerate(batch):
+            self.captions[loaded.stem] = {name: captions[name][i] for name in self.settings}
+            self.file.append([loaded.stem, self.captions[loaded.stem]])
 
-    def finish(self, order: Sequence[str], meta: dict[str, Any]) -> None:
-        """Write the outputs, in the photos' `order`, and drop the journal."""
-        self._file.close()
-        done = [stem for stem in order if stem in self.captions]
-        for name, file in self.outputs.items():
-            captions = {stem: self.captions[stem][name] for stem in done}
-            write_predictions(file, captions, self.settings[name] | meta)
-            print(f"{len(captions)} captions in {file}")
-        self.path.unlink()
+    def finish(self, photos: Sequence[Photo], bad: Sequence[BadPhoto], meta: dict[str, Any]) -> None:
+        """Write the outputs in the order of `photos`, and delete the journal.
+
+        The meta files get the settings, `meta`, the seconds since the journal was made, and the `bad` photos with
+        their reasons.
+        """
+        skipped = {error.path.name: error.reason for error in bad}
+        meta = meta | {"seconds": round(time.monotonic() - self.start, 2), "skipped": skipped}
+        stems = [photo.stem for photo in photos if photo.stem in self.captions]
+        for name, path in self.outputs.items():
+            write_predictions(path, {stem: self.captions[stem][name] for stem in stems}, self.settings[name] | meta)
+            print(f"{len(stems)} captions in {path}")
+        self.file.path.unlink(missing_ok=True)
+        if skipped:
+            print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {', '.join(skipped)}")
 
 
 def _changed(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> str:
     """The first setting that differs, as `KEY OLD, now NEW`; empty where none does."""
     if before.keys() != now.keys():
         return f"decoding {' '.join(before)}, now {' '.join(now)}"
-    for name in now:
-        for key in sorted(before[name].keys() | now[name].keys()):
-            if before[name].get(key) != now[name].get(key):
-                return f"{key} {before[name].get(key)}, now {now[name].get(key)}"
-    return ""
-
-
-def caption_journaled(
-    photos: Sequence[Photo],
-    journal: Journal,
-    caption: Callable[[list[Photo], list[Image.Image]], dict[str, list[str]]],
-    batch_size: int,
-    workers: int,
-    meta: dict[str, Any],
-) -> None:
-    """Caption the photos that the journal lacks, `batch_size` at a time, and write the outputs.
-
-    `caption` gives for each name of the journal the captions of a batch; photos are decoded ahead by `workers`. A photo
-    that cannot be decoded is named on stderr, skipped and counted. `meta` goes beside the outputs with the seconds
-    that this took and the photos skipped. Raises NothingDone where no photo could be captioned.
-    """
-    start = time.monotonic()
-    journal.open()
-    left = [photo for photo in photos if photo.stem not in journal.captions]
-    bad: list[BadPhoto] = []
-    with tqdm(total=len(photos), initial=len(photos) - len(left), desc="caption", unit="photo") as bar:
-
-        def readable():
-            for photo, image in load_photos(left, workers):
-                if isinstance(image, BadPhoto):
-                    bad.append(image)
-                    bar.update()
-                    tqdm.write(f"skipped {image}", file=sys.stderr)
-                else:
-                    yield photo, image
-
-        pairs = readable()
-        while batch := list(islice(pairs, batch_size)):
-            own = [photo for photo, _ in batch]
-            named = caption(own, [image for _, image in batch])
-            for i, photo in enumerate(own):
-                journal.append(photo.stem, {name: captions[i] for name, captions in named.items()})
-            bar.update(len(batch))
-    if len(bad) == len(photos):
-        journal.path.unlink()
-        raise NothingDone(f"none of {len(photos)} photos could be decoded")
-    skipped = {error.path.name: error.reason for error in bad}
-    journal.finish(
-        [photo.stem for photo in photos], meta | {"seconds": round(time.monotonic() - start, 2), "skipped": skipped}
-    )
-    if bad:
-        print(f"{len(bad)} photo{'s' * (len(bad) > 1)} skipped: {', '.join(skipped)}")
+    old, new = flatten(before), flatten(now)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return "".join(f"{key.partition('.')[2]} {old.get(key)}, now {new.get(key)}" for key in changed[:1])

@@ -1,15 +1,22 @@
-"""Photos as upright RGB images: every mode and rotation that PIL can read, and one clear reason where it cannot."""
+"""Photos: their files read and decoded to upright RGB images, one by one or in batches, the unreadable ones named."""
 
+import hashlib
+import io
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
+from common.config import NothingDone
 from data.prefetch import prefetch
 
-PHOTO_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split())
+PHOTO_SUFFIXES = {*".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split()}
 
 # Named, since otherwise PIL also runs Ghostscript on PostScript, and registers formats late, a race between threads.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
@@ -39,26 +46,59 @@ class BadPhoto(Exception):
         self.path, self.reason = path, reason
 
 
+@dataclass(frozen=True, eq=False)
+class LoadedPhoto:
+    """A photo whose file has been read."""
+
+    photo: Photo
+    image: Image.Image | None
+    """Its pixels, upright in RGB; None where the caller has its features and needs no pixels."""
+    key: str
+    """Hash of the file's bytes."""
+
+    @property
+    def stem(self) -> str:
+        return self.photo.stem
+
+
 def open_photo(path: Path) -> Image.Image:
     """The photo at `path`, decoded to its last byte, as an upright RGB image (8 bits a channel).
 
     EXIF rotation is applied, transparency is laid on white, 16-bit and wider grey is scaled to 8 bits, and of an
     animation the first frame is taken. Raises BadPhoto for what cannot be decoded or has more than MAX_PIXELS.
     """
+    return load_photo(Photo(path.stem, path)).image
+
+
+def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> LoadedPhoto:
+    """Read the file of `photo` once: hash its bytes, and decode them as `open_photo` does unless the hash is `known`.
+
+    Raises BadPhoto.
+    """
+    path, content = photo.path, b""
+    if path is None:
+        raise BadPhoto(Path(photo.stem), "its file is not known; name the folder of the photos")
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            image.load()
-            return _rgb(_upright(image))
+        content = path.read_bytes()
+        key = hashlib.blake2b(content, digest_size=16).hexdigest()
+        return LoadedPhoto(photo, None if known and known(key) else _decode(content), key)
     except UnidentifiedImageError:
-        raise BadPhoto(path, "not a photo in a known format" if path.stat().st_size else "empty file") from None
+        raise BadPhoto(path, "not a photo in a known format" if content else "empty file") from None
     except FileNotFoundError:
         raise BadPhoto(path, "no such file") from None
     except Image.DecompressionBombError:
         raise BadPhoto(path, f"too large, more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders of damaged files raise almost anything: SyntaxError, struct.error, ...
-        raise BadPhoto(path, f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from None
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+        raise BadPhoto(path, f"cannot be decoded ({reason})") from None
+
+
+def _decode(content: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        image.load()
+        return _rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -79,27 +119,55 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _grey8(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits as mode L. PIL's own conversion clips: a 16-bit photo would turn white."""
-    import numpy
-
-    grey = numpy.nan_to_num(numpy.asarray(image, dtype=numpy.float32))
+    grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
     low, high = 0.0, 65535.0
     if image.mode == "F" or grey.min() < low or grey.max() > high:  # no agreed range: stretch from darkest to brightest
         low, high = float(grey.min()), float(grey.max())
-    return Image.fromarray(numpy.round((grey - low) / ((high - low) or 1) * 255).astype(numpy.uint8))
+    return Image.fromarray(np.round((grey - low) / ((high - low) or 1) * 255).astype(np.uint8))
 
 
-def load_photos(photos: Iterable[Photo], workers: int = 2) -> Iterator[tuple[Photo, Image.Image | BadPhoto]]:
-    """Yield (photo, its RGB image or the BadPhoto that says why not) in order, decoding ahead in `workers` threads.
+@dataclass
+class PhotoBatches:
+    """Photos in lists of `batch_size`, read and decoded ahead by `workers` threads, in order, behind a progress bar.
 
-    At most 2 * workers photos are in memory besides the one in use; with 0 workers each is decoded when asked for.
+    A photo that cannot be decoded is named on stderr and kept in `bad`; the next one takes its place, so that only the
+    last list may be shorter. Iterating raises NothingDone at the end where no photo was good, neither now nor earlier.
     """
-    yield from prefetch(photos, lambda photo: (photo, _image_or_reason(photo)), workers, 2 * workers)
 
+    photos: Sequence[Photo]
+    batch_size: int
+    workers: int = 2
+    label: str = "photos"
+    done: int = 0
+    """Photos that an earlier run finished, of `total` (by default these and `photos`)."""
+    total: int | None = None
+    known: Callable[[str], bool] | None = None
+    """A photo whose hash is known is not decoded."""
+    bad: list[BadPhoto] = field(default_factory=list, init=False)
 
-def _image_or_reason(photo: Photo) -> Image.Image | BadPhoto:
-    if photo.path is None:
-        return BadPhoto(Path(photo.stem), "its file is not known; name the folder of the photos")
-    try:
-        return open_photo(photo.path)
-    except BadPhoto as bad:
-        return bad
+    def __iter__(self) -> Iterator[list[LoadedPhoto]]:
+        self.bad.clear()
+        total = self.total or self.done + len(self.photos)
+        with tqdm(total=total, initial=self.done, desc=self.label, unit="photo") as bar:
+            good = self._good(bar)
+            while batch := list(islice(good, self.batch_size)):
+                yield batch
+                bar.update(len(batch))
+        if self.photos and not self.done and len(self.bad) == len(self.photos):
+            raise NothingDone(f"none of {len(self.photos)} photos could be decoded")
+
+    def _good(self, bar: tqdm) -> Iterator[LoadedPhoto]:
+        def load(photo: Photo) -> LoadedPhoto | BadPhoto:
+            try:
+                return load_photo(photo, self.known)
+            except BadPhoto as bad:
+                return bad
+
+        # at most 2 * workers photos are in memory besides the batch in use
+        for loaded in prefetch(self.photos, load, self.workers, 2 * self.workers):
+            if isinstance(loaded, LoadedPhoto):
+                yield loaded
+                continue
+            self.bad.append(loaded)
+            bar.update()
+            tqdm.write(f"skipped {loaded}", file=sys.stderr)

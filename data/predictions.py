@@ -1,13 +1,14 @@
 """Predictions: one JSON object {photo stem: caption}, and beside it NAME.meta.json, which says how they were made."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from common.config import UserError, check
-from common.files import write_json
-from data.annotations import is_unicode, read_text
+from common.files import read_text, write_json
+from data.forms import is_unicode, parse
+
+EXPECTED = "one JSON object {photo stem: caption}"
 
 
 def read_predictions(path: Path) -> dict[str, str]:
@@ -16,36 +17,21 @@ def read_predictions(path: Path) -> dict[str, str]:
     Raises UserError for a file that is not one JSON object, for a stem that stands there twice, and for a caption
     that is not text or holds a lone surrogate (half a UTF-16 pair, which no tokenizer takes).
     """
-    twice: list[str] = []
+    keys: list[str] = []
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        return found
+    def note_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys.extend(key for key, _ in pairs)
+        return dict(pairs)
 
-    expected = "expected one JSON object {photo stem: caption}"
-    try:
-        captions = json.loads(read_text(path), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); {expected}") from None
+    captions = parse(path, read_text(path), EXPECTED, object_pairs_hook=note_keys)
     if not isinstance(captions, dict):
-        raise UserError(f"{path}: holds a {type(captions).__name__}; {expected}")
-    check([f"{path}: stem {stem!r} stands there twice" for stem in twice])
-    check(
-        [
-            f"{path}: caption of {stem!r} is {caption!r:.60}, expected text"
-            for stem, caption in captions.items()
-            if not isinstance(caption, str)
-        ]
-    )
-    check(
-        [
-            f"{path}: entry {stem!r} holds a lone surrogate, which is no Unicode text"
-            for stem, caption in captions.items()
-            if not is_unicode(stem + caption)
-        ]
-    )
+        kind = "text that is not JSON" if isinstance(captions, str) else f"a {type(captions).__name__}"
+        raise UserError(f"{path}: holds {kind}; expected {EXPECTED}")
+    check([f"{path}: stem {stem!r} stands there twice" for stem, times in Counter(keys).items() if times > 1])
+    no_text = [stem for stem, caption in captions.items() if not isinstance(caption, str)]
+    check([f"{path}: caption of {stem!r} is {captions[stem]!r:.60}, expected text" for stem in no_text])
+    broken = [stem for stem, caption in captions.items() if not is_unicode(stem + caption)]
+    check([f"{path}: entry {stem!r} holds half a surrogate pair, which is no Unicode text" for stem in broken])
     return captions
 
 

@@ -1,4 +1,4 @@
-"""CIDEr-D on PTB tokens, as pycocoevalcap computes it, with what can go wrong made impossible or named.
+"""CIDEr-D on PTB tokens, as pycocoevalcap computes it; what goes wrong there is prevented here or reported.
 
 What captioning papers and courses call "CIDEr" is CIDEr-D of the COCO caption evaluation: no stemming, clipped
 counts, a Gaussian penalty on the length, times 10 (Vedantam et al. 2015, https://arxiv.org/abs/1411.5726).
@@ -25,7 +25,7 @@ def find_java() -> str:
     except ImportError:
         pass
     for java in filter(None, candidates):
-        try:  # a `java` that only asks to be installed, as on a bare macOS, is not enough
+        try:  # it must run: the `java` of a new macOS only asks the user to install one
             if subprocess.run([java, "-version"], capture_output=True).returncode == 0:
                 return java
         except OSError:
@@ -36,10 +36,10 @@ def find_java() -> str:
 def ptb_tokenize(captions: dict[str, list[str]]) -> dict[str, list[str]]:
     """PTB tokens of every caption, lower case, without punctuation, joined by spaces; same keys and order.
 
-    The tokens are those of pycocoevalcap's `PTBTokenizer`. Its tokenizer is run here on standard input, because that
-    class writes into its own installation folder, and shifts every later caption when one holds a line break.
-    Captions are one stream to the tokenizer: a caption that ends in `No.` may be read differently before another
-    neighbour, so the order is part of the result. Raises UserError where Java or its tokenizer does not run.
+    The tokens are those of pycocoevalcap's `PTBTokenizer`. That class writes into its own installation folder, and a
+    line break in one caption shifts all later captions, so its Java program is run here on standard input. The
+    program reads all captions as one text: how it reads `No.` at the end of a caption depends on the next caption,
+    so the order of the captions matters. Raises UserError where Java or the program does not run.
     """
     lines = tuple(" ".join(caption.split()) for group in captions.values() for caption in group)
     words = iter(tokenize_lines(lines))
@@ -49,28 +49,25 @@ def ptb_tokenize(captions: dict[str, list[str]]) -> dict[str, list[str]]:
 def tokenize_pairs(
     references: dict[str, list[str]], predictions: dict[str, str]
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """`ptb_tokenize` of references and of predictions, each a stream of its own, as pycocoevalcap's scorers take."""
-    with ThreadPoolExecutor(2) as pool:  # most of a call is the start of Java
-        gold, hypotheses = pool.map(
-            ptb_tokenize, (references, {photo: [caption] for photo, caption in predictions.items()})
-        )
-    return gold, hypotheses
+    """`ptb_tokenize` of references and of predictions, in two separate calls as the official tool does."""
+    hypotheses = {photo: [caption] for photo, caption in predictions.items()}
+    with ThreadPoolExecutor(2) as pool:  # most of the time is the start of Java
+        return tuple(pool.map(ptb_tokenize, (references, hypotheses)))
 
 
-@functools.lru_cache(maxsize=8)  # metrics and runs ask for the same references
+@functools.lru_cache(maxsize=8)  # every metric and every run needs the same references
 def tokenize_lines(lines: tuple[str, ...]) -> tuple[str, ...]:
-    """`ptb_tokenize` of captions without line breaks."""
+    """PTB tokens of captions that have no line breaks."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-    quick = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]  # for a run of a tenth of a second
-    command = [find_java(), *quick, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
-    command += ["-preserveLines", "-lowerCase"]
+    fast_start = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]  # the whole run takes a tenth of a second
+    program = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     text = "".join(line + "\n" for line in lines).encode()
-    done = subprocess.run(command, input=text, capture_output=True)
+    done = subprocess.run([find_java(), *fast_start, *program], input=text, capture_output=True)
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
-        raise UserError(f"CIDEr: {command[0]} could not run the PTB tokenizer: {reason[0]}")
+        raise UserError(f"CIDEr: {find_java()} could not run the PTB tokenizer: {reason[0]}")
     tokenized = done.stdout.decode("utf-8").split("\n")[:-1]
     if len(tokenized) != len(lines):
         raise RuntimeError(f"the PTB tokenizer returned {len(tokenized)} lines for {len(lines)} captions")
@@ -82,10 +79,11 @@ def cider(
 ) -> tuple[float, dict[str, float]]:
     """CIDEr-D of `predictions` {photo: caption} against `references` {photo: captions}: (mean, {photo: score}).
 
-    The scale is pycocoevalcap's: 0 to 10, near 1 for a good captioner. The weights of the n-grams come from the
-    references of the scored photos (`subset`, the official way: the score then falls as photos are added, so never
-    compare different numbers of photos, and one photo alone scores 0), or from all references (`full`: a photo's
-    score is what it gets when all photos are scored). Raises KeyError for a prediction without references.
+    The scale is pycocoevalcap's: 0 to 10, near 1 for a good captioner. The weights of the n-grams come from `idf`:
+    `subset`, the official way, takes the references of the scored photos. The score then falls as photos are added,
+    so only scores of the same number of photos can be compared, and one photo alone scores 0. `full` takes all
+    references: a photo gets the score that it has when all photos are scored. Raises KeyError for a prediction
+    without references.
     """
     from pycocoevalcap.cider.cider import Cider
 
@@ -98,11 +96,14 @@ def cider(
 
 
 def consensus(captions: dict[str, list[str]]) -> dict[str, list[float]]:
-    """CIDEr-D of each of a photo's captions against its others: what people agree on scores high. Alone it is 0."""
+    """CIDEr-D of each caption of a photo against the photo's other captions; a caption with no others scores 0.
+
+    Captions that say what most people say score high.
+    """
     from pycocoevalcap.cider.cider import Cider
 
     tokens = ptb_tokenize(captions)
-    own = {(photo, i): [group[i]] for photo, group in tokens.items() for i in range(len(group))}
-    others = {(photo, i): tokens[photo][:i] + tokens[photo][i + 1 :] or [""] for photo, i in own}
-    scores = iter(Cider().compute_score(others, own)[1].tolist())
+    single = {(photo, i): [group[i]] for photo, group in tokens.items() for i in range(len(group))}
+    others = {(photo, i): tokens[photo][:i] + tokens[photo][i + 1 :] or [""] for photo, i in single}
+    scores = iter(Cider().compute_score(others, single)[1].tolist())
     return {photo: [next(scores) for _ in group] for photo, group in captions.items()}

@@ -1,65 +1,77 @@
 """CLIPScore: how well a caption fits its photo, without references (Hessel et al. 2021, arXiv:2104.08718).
 
-2.5 * max(cos(photo, caption), 0), here on the raw caption, as captioning courses compute it; the paper's own code
-puts "A photo depicts " before it. RefCLIPScore is its harmonic mean with the caption's nearness to the references.
+CLIPScore is 2.5 * max(cos(photo, caption), 0). Captioning courses give CLIP the caption as it is; the paper's own
+code puts "A photo depicts " before it. RefCLIPScore is the harmonic mean of CLIPScore and the caption's highest
+cosine with a reference.
 """
 
 import difflib
-import re
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from common.config import UserError
-from common.device import weights_hash
+from common.device import module_hash
+from metrics import MetricUnavailable
 from models.hub import hub_or_cache, why
-
-if TYPE_CHECKING:
-    import torch
 
 WEIGHT = 2.5
 
 
-class ClipUnavailable(Exception):
-    """The weights of the CLIP model cannot be had here; the message is one line that says why."""
-
-
 class Clip(NamedTuple):
-    """An open_clip model in float32 with the photo transform and the tokenizer that belong to it."""
+    """An open_clip model in float32 with its own photo transform and tokenizer."""
 
     name: str
-    model: "torch.nn.Module"
+    model: torch.nn.Module
     transform: Any
     tokenizer: Any
-    device: "torch.device"
+    device: torch.device
+    architecture: dict[str, Any] | None = None
+    """open_clip's description of the model: widths, layers, heads, activation."""
+
+
+class ClipVectors(NamedTuple):
+    """CLIP's unit vectors of one run, for the photos that could be decoded."""
+
+    stems: list[str]
+    photos: Tensor
+    """(N, D)"""
+    captions: Tensor
+    """(N, D)"""
+    references: Sequence[Tensor] = ()
+    """(K, D) for each photo with K references; empty where RefCLIPScore is not asked for."""
 
 
 def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", device: Any = "cpu") -> Clip:
     """Load a model of open_clip: a built-in name with a tag or a weights file, or `local-dir:FOLDER` / `hf-hub:REPO`.
 
-    Half precision would move scores by up to 1e-3, so weights are float32 everywhere. Raises UserError where name,
-    tag, file or folder is wrong, ClipUnavailable where the weights would have to come from a hub that cannot be had.
+    Half precision changes scores by up to 1e-3, so the weights are always float32. Raises UserError where the name,
+    tag, file or folder is wrong, and MetricUnavailable where a hub has the weights but cannot be reached.
     """
     import open_clip
-    import torch
 
-    named = not name.startswith(("local-dir:", "hf-hub:"))  # those two bring their own weights
-    if named:
+    built_in = not name.startswith(("local-dir:", "hf-hub:"))  # the other two bring their own weights
+    if built_in:
         _check_names(name, pretrained)
-    label = f"{name}/{pretrained}" if named else name
-    local = name.startswith("local-dir:") or (named and Path(pretrained).is_file())
+    label = f"{name}/{pretrained}" if built_in else name
+    local = name.startswith("local-dir:") or (built_in and Path(pretrained).is_file())
     hub = True
     try:
         with hub_or_cache() as hub:
             model, _, transform = open_clip.create_model_and_transforms(
-                name, pretrained=pretrained if named else None, device=device, precision="fp32", require_pretrained=True
-            )
-            tokenizer = open_clip.get_tokenizer(name)
+                name, pretrained=pretrained if built_in else None, device=device, precision="fp32",
+                require_pretrained=True,
+            )  # fmt: skip
+            tokenizer, architecture = open_clip.get_tokenizer(name), open_clip.get_model_config(name)
     except Exception as error:  # open_clip, huggingface_hub, torch and safetensors each raise their own kinds
         if local:
             raise UserError(f"clip_model: {name} could not be loaded: {why(error, hub=True)}") from error
-        raise ClipUnavailable(f"no weights for {label}: {why(error, hub)}") from error
-    return Clip(label, model.eval(), transform, tokenizer, torch.device(device))
+        raise MetricUnavailable(f"no weights for {label}: {why(error, hub)}") from error
+    return Clip(label, model.eval(), transform, tokenizer, torch.device(device), architecture)
 
 
 def _check_names(name: str, pretrained: str) -> None:
@@ -75,84 +87,58 @@ def _check_names(name: str, pretrained: str) -> None:
     if not tag and not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(f"clip_pretrained: expected a weights file or a tag of {name} ({tags}), got {pretrained!r}")
-    # open_clip only warns of this, and then scores with the right weights under the wrong activation
+    # open_clip only warns here; it would then run the right weights with the wrong activation
     quick = open_clip.get_model_config(name).get("quick_gelu", False)
     if tag and tag.get("quick_gelu", False) != quick:
         right = name.removesuffix("-quickgelu") if quick else name + "-quickgelu"
         raise UserError(f"clip_model: {pretrained!r} was trained with another activation than {name}; expected {right}")
 
 
-def tokenize(clip: Clip, captions: Sequence[str]) -> tuple["torch.Tensor", list[bool]]:
-    """Token ids (N, context length), and which captions were too long: those are cut, their end token is kept."""
+def tokenize(clip: Clip, captions: Sequence[str]) -> tuple[Tensor, list[bool]]:
+    """Token ids (N, context length), and which captions were too long. Those are cut; their end token is kept."""
     tokens = clip.tokenizer(list(captions))
     length = tokens.shape[1]
-    # with room for one token more, only a caption that was cut reads differently
+    # with room for one more token, only the ids of a caption that was cut are different
     longer = clip.tokenizer(list(captions), context_length=length + 1)[:, :length]
     return tokens, (tokens != longer).any(dim=1).tolist()
 
 
-def encode_captions(clip: Clip, tokens: "torch.Tensor", batch_size: int = 32) -> "torch.Tensor":
-    """Unit vectors (N, D) of token ids (N, context length), captions of like length together.
-
-    A causal text tower reads nothing behind the end token, so a batch is trimmed to its longest caption: captions
-    have some 14 tokens of 77, and the difference is rounding.
-    """
-    import open_clip
-    import torch
-    from torch.func import functional_call
-
-    model = clip.model
-    trims = isinstance(model, open_clip.CLIP) and model.text_pool_type == "argmax" and model.attn_mask is not None
-    lengths = tokens.argmax(dim=1) + 1 if trims else torch.full((len(tokens),), tokens.shape[1])
-    order = lengths.argsort(stable=True)
-    vectors = []
-    with torch.inference_mode():
-        for rows in order.split(batch_size):
-            length = int(lengths[rows].max())
-            text = tokens[rows, :length].to(clip.device)
-            if trims:
-                short = {
-                    "positional_embedding": model.positional_embedding[:length],
-                    "attn_mask": model.attn_mask[:length, :length],
-                }
-                vectors.append(functional_call(model, short, kwargs={"text": text})[1])
-            else:
-                vectors.append(model.encode_text(text, normalize=True))
-    return torch.cat(vectors)[order.argsort().to(clip.device)]
+@torch.inference_mode()
+def encode_captions(clip: Clip, tokens: Tensor, batch_size: int = 32) -> Tensor:
+    """Unit vectors (N, D) of token ids (N, context length)."""
+    batches = tokens.split(batch_size)
+    return torch.cat([clip.model.encode_text(batch.to(clip.device), normalize=True) for batch in batches])
 
 
-class PhotoSide:
-    """A CLIP's photo tower in the form that `data.features` caches: unit vectors, one token of D a photo."""
+class ImageTower:
+    """CLIP's image tower as an encoder whose features are cached: one token, the unit vector (D), for each photo."""
 
     tokens = 1
 
     def __init__(self, clip: Clip):
         self.clip, self.transform, self.device = clip, clip.transform, clip.device
-        self.width = encode_captions(clip, tokenize(clip, [""])[0]).shape[1]  # open_clip's models name it in many ways
+        self.width = encode_captions(clip, tokenize(clip, [""])[0]).shape[1]  # open_clip has no one name for it
 
     def fingerprint(self) -> str:
-        """Hash of all that decides a vector: architecture, transform and every weight of the photo tower."""
-        tower = self.clip.model.visual
-        return weights_hash(re.sub(r" at 0x[0-9a-f]+", "", f"CLIPScore {self.transform} {tower}"), tower)
+        """Hash of all that decides a vector: architecture, preprocessing and every weight of the image tower."""
+        from open_clip import get_model_preprocess_cfg
 
-    def __call__(self, pixels: "torch.Tensor") -> "torch.Tensor":
+        inputs = {"architecture": self.clip.architecture, "preprocessing": get_model_preprocess_cfg(self.clip.model)}
+        return module_hash("CLIPScore " + json.dumps(inputs, sort_keys=True, default=str), self.clip.model.visual)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 1, D)"""
-        import torch
-
-        with torch.inference_mode():
-            return self.clip.model.encode_image(pixels, normalize=True)[:, None]
+        return self.clip.model.encode_image(pixels, normalize=True)[:, None]
 
 
-def clip_scores(photos: "torch.Tensor", captions: "torch.Tensor") -> "torch.Tensor":
-    """CLIPScore (N,), from 0 to 2.5, of N photos and their captions as unit vectors (N, D)."""
+def clip_scores(photos: Tensor, captions: Tensor) -> Tensor:
+    """CLIPScore (N,), from 0 to 2.5, of the unit vectors (N, D) of N photos and their captions."""
     return WEIGHT * (photos * captions).sum(dim=1).clamp(min=0)
 
 
-def ref_clip_scores(
-    scores: "torch.Tensor", captions: "torch.Tensor", references: Sequence["torch.Tensor"]
-) -> "torch.Tensor":
-    """RefCLIPScore (N,) from CLIPScore (N,), captions (N, D) and each photo's references (K, D)."""
-    import torch
-
-    near = torch.stack([(own @ caption).max() for own, caption in zip(references, captions)]).clamp(min=0)
-    return 2 * scores * near / (scores + near).clamp(min=torch.finfo(scores.dtype).tiny)
+def ref_clip_scores(scores: Tensor, captions: Tensor, references: Sequence[Tensor]) -> Tensor:
+    """RefCLIPScore (N,) from CLIPScore (N,), captions (N, D) and the references (K, D) of each photo."""
+    pairs = zip(references, captions)
+    nearest = torch.stack([(vectors @ caption).max() for vectors, caption in pairs]).clamp(min=0)
+    return 2 * scores * nearest / (scores + nearest).clamp(min=torch.finfo(scores.dtype).tiny)

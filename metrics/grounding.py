@@ -1,9 +1,11 @@
-"""Do heatmaps ground words? A word's map against the masks of what it names, with controls that show what is luck.
+"""Do heatmaps ground words? Scores of a word's map against the mask of the object that it names, and controls.
 
-Match@1 (headline): of the objects that a caption names, is the word's map best for its own? Chance is 1 / K.
-PairWin: is an object's mask better met by its own word's map than by another word's? Any map that ignores the word
-gets exactly one half. Pointing game (Zhang et al. 2016): does the maximum lie on the object? Energy-based pointing
-(Wang et al. 2020, Score-CAM): the share of the map that does; its lift is that over the object's share of the area.
+Match@1 (headline)    a caption names K objects: does the map of a word fit its own object best? Chance is 1 / K.
+PairWin               does an object's own word fit it better than another word? A map that ignores the word gets 0.5.
+pointing              the pointing game (Zhang et al. 2016): is the maximum of the map on the object?
+energy                energy-based pointing (Wang et al. 2020, Score-CAM): the share of the map that is on the object.
+lift                  energy divided by the object's share of the area.
+auroc                 chance that a patch on the object has a higher value than a patch off it.
 """
 
 import re
@@ -12,23 +14,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metrics.statistics import Score, interval, paired
+from metrics.statistics import Score, interval, paired, ratio
 
 METRICS = ("match_at_1", "pair_win", "pointing", "energy", "lift", "auroc")
 
 
 @dataclass(frozen=True)
 class Named:
-    """An object that a caption names: the places of its words among the units, and its mask on the patch grid."""
+    """An object that a caption names."""
 
     name: str
     words: tuple[int, ...]
+    """Indices of the words that name it."""
     cover: np.ndarray
     """(P) share of each patch that the object covers, from 0 to 1."""
 
 
 def find_named(words: Sequence[str], names: dict[str, Iterable[str]]) -> list[tuple[str, tuple[int, ...]]]:
-    """(object, places of its words) for each object of `names` {object: phrases} that the words name, once each.
+    """(object, indices of its words) for each object of `names` {object: phrases} that the words name, once each.
 
     >>> find_named(["A", "red", "circle", "by", "2", "Dogs."], {"dog": ["dog", "dogs"], "red circle": ["red circle"]})
     [('dog', (5,)), ('red circle', (1, 2))]
@@ -36,44 +39,42 @@ def find_named(words: Sequence[str], names: dict[str, Iterable[str]]) -> list[tu
     bare = [re.sub(r"^\W+|\W+$", "", word.lower()) for word in words]
     found = []
     for name, phrases in names.items():
-        places = (
+        matches = (
             tuple(range(start, start + len(phrase)))
             for phrase in map(str.split, phrases)
             for start in range(len(bare) - len(phrase) + 1)
             if bare[start : start + len(phrase)] == phrase
         )
-        first = min(places, default=None)
+        first = min(matches, default=None)
         if first is not None:
             found.append((name, first))
     return found
 
 
 def cover_on_grid(mask: np.ndarray, box: tuple[float, float, float, float], grid: tuple[int, int]) -> np.ndarray:
-    """(H, W) mask of a photo -> (P) covered share of each patch; `box` (left, top, right, bottom) is cut into `grid`.
+    """(H, W) mask of a photo -> (P) share of each patch that the mask covers.
 
-    What lies outside the photo counts as not covered.
+    `grid` (rows, columns) divides `box` (left, top, right, bottom), in pixels of the photo, into patches. What lies
+    outside the photo counts as not covered.
     """
-    height, width = mask.shape
-    total = np.pad(mask.astype(np.float64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
     left, top, right, bottom = box
+    rows = _shares(np.linspace(top, bottom, grid[0] + 1), mask.shape[0])
+    columns = _shares(np.linspace(left, right, grid[1] + 1), mask.shape[1])
+    patch_area = (right - left) * (bottom - top) / (grid[0] * grid[1])
+    return (rows @ mask.astype(float) @ columns.T / patch_area).clip(0, 1).reshape(-1)
 
-    def area(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Covered pixels above and left of (y, x), between pixels by the line between them."""
-        y, x = np.clip(y, 0, height)[:, None], np.clip(x, 0, width)[None, :]
-        y0, x0 = np.minimum(y.astype(int), height - 1), np.minimum(x.astype(int), width - 1)
-        dy, dx = y - y0, x - x0
-        upper = total[y0, x0] * (1 - dx) + total[y0, x0 + 1] * dx
-        lower = total[y0 + 1, x0] * (1 - dx) + total[y0 + 1, x0 + 1] * dx
-        return upper * (1 - dy) + lower * dy
 
-    corners = area(np.linspace(top, bottom, grid[0] + 1), np.linspace(left, right, grid[1] + 1))
-    covered = np.diff(np.diff(corners, axis=0), axis=1)
-    patch = (right - left) * (bottom - top) / (grid[0] * grid[1])
-    return (covered / patch).clip(0, 1).reshape(-1)
+def _shares(edges: np.ndarray, pixels: int) -> np.ndarray:
+    """Share of each pixel of a line that lies between edges n and n + 1: (number of edges - 1, pixels)."""
+    starts = np.arange(pixels)
+    return (np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)).clip(min=0)
 
 
 def auroc(values: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> float:
-    """Chance that a patch on the object has a higher value than one off it, ties half; (P) values and weights."""
+    """Chance that a patch on the object has a higher value than one off it; ties count half.
+
+    `values`, and how far each patch is on (`positive`) and off (`negative`) the object: (P) each.
+    """
     order = np.argsort(values, kind="stable")
     values, positive, negative = values[order], positive[order], negative[order]
     starts = np.flatnonzero(np.r_[True, np.diff(values) > 0])
@@ -83,44 +84,54 @@ def auroc(values: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> flo
 
 
 def ground(maps: np.ndarray, named: Sequence[Named]) -> dict[str, tuple[float, float]]:
-    """(W, P) maps of a caption's words against what it names: {metric: (sum over objects, number of them)}.
+    """(W, P) maps of a caption's words and the objects it names -> {metric: (sum over objects, number of them)}.
 
-    An object's map is the mean of its words'. Patches that two of the objects share count for neither in Match@1 and
-    PairWin, and an object that has no patch of its own takes no part in them.
+    The map of an object is the mean of its words' maps.
     """
-    own = np.stack([maps[list(one.words)].mean(axis=0) for one in named])
+    object_maps = np.stack([maps[list(one.words)].mean(axis=0) for one in named])
     covers = np.stack([one.cover for one in named])
-    shared = np.stack([np.delete(covers, i, axis=0).max(axis=0, initial=0.0) for i in range(len(named))])
+    return _compare_objects(object_maps, covers) | _score_each(object_maps, covers)
+
+
+def _compare_objects(maps: np.ndarray, covers: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Match@1 and PairWin of (K, P) maps and masks of objects.
+
+    Patches that two objects share are ignored, and so are objects that have no patch of their own.
+    """
+    shared = np.stack([np.delete(covers, i, axis=0).max(axis=0, initial=0.0) for i in range(len(covers))])
     on, off = (covers - shared).clip(min=0), 1 - covers
-    found = {}
-    apart = [j for j in range(len(named)) if on[j].sum() > 0.01 and off[j].sum() > 0.01]  # has patches of its own
-    if len(apart) > 1:
-        fit = np.array([[auroc(own[i], on[j], off[j]) for j in apart] for i in apart])  # map i, mask j
-        best = fit == fit.max(axis=1, keepdims=True)
-        found["match_at_1"] = float((best.diagonal() / best.sum(axis=1)).sum()), len(apart)
-        rivals = ~np.eye(len(apart), dtype=bool)
-        wins = (fit.diagonal()[None, :] > fit) + 0.5 * (fit.diagonal()[None, :] == fit)
-        found["pair_win"] = float(wins[rivals].sum()), int(rivals.sum())
-    positive = own.clip(min=0)
-    energy, area = [], covers.mean(axis=1)
-    hits = []
-    for row, cover, plus in zip(own, covers, positive):
-        top = row == row.max()
-        hits.append((cover[top] >= cover.max() / 2).mean())  # a small object fills no patch
-        energy.append((plus * cover).sum() / plus.sum() if plus.sum() > 0 else cover.mean())
-    found["pointing"] = float(sum(hits)), len(named)
-    found["energy"] = float(sum(energy)), len(named)
-    found["lift"] = float((np.array(energy) / area).sum()), len(named)
-    areas = [auroc(row, cover, 1 - cover) for row, cover in zip(own, covers)]
-    found["auroc"] = float(sum(areas)), len(named)
-    return found
+    apart = [j for j in range(len(covers)) if on[j].sum() > 0.01 and off[j].sum() > 0.01]
+    if len(apart) < 2:
+        return {}
+    fit = np.array([[auroc(maps[i], on[j], off[j]) for j in apart] for i in apart])  # map i, mask j
+    best = fit == fit.max(axis=1, keepdims=True)
+    matched = best.diagonal() / best.sum(axis=1)
+    wins = (fit.diagonal() > fit) + 0.5 * (fit.diagonal() == fit)  # own map j against map i, on mask j
+    others = ~np.eye(len(apart), dtype=bool)
+    return {
+        "match_at_1": (float(matched.sum()), len(apart)),
+        "pair_win": (float(wins[others].sum()), int(others.sum())),
+    }
+
+
+def _score_each(maps: np.ndarray, covers: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Pointing, energy, lift and AUROC of (K, P) maps and masks of objects."""
+    sums = dict.fromkeys(("pointing", "energy", "lift", "auroc"), 0.0)
+    for values, cover in zip(maps, covers):
+        top, positive = values == values.max(), values.clip(min=0)
+        energy = (positive * cover).sum() / positive.sum() if positive.any() else cover.mean()
+        sums["pointing"] += float((cover[top] >= cover.max() / 2).mean())  # a small object covers no patch fully
+        sums["energy"] += float(energy)
+        sums["lift"] += float(energy / cover.mean())
+        sums["auroc"] += auroc(values, cover, 1 - cover)
+    return {metric: (total, len(maps)) for metric, total in sums.items()}
 
 
 # ------------------------------------------------------------------------------------------- controls
 
 
 def centre(grid: tuple[int, int]) -> np.ndarray:
-    """(P) higher towards the middle of the grid."""
+    """(P) values that rise towards the middle of the grid."""
     y, x = (np.linspace(-1, 1, size) for size in grid)
     return np.exp(-(y[:, None] ** 2 + x[None, :] ** 2)).reshape(-1)
 
@@ -131,12 +142,13 @@ CONTROLS: dict[str, Control] = {
     "centre": lambda maps, named, grid, rng: np.tile(centre(grid), (len(maps), 1)),
     "caption mean": lambda maps, named, grid, rng: np.tile(maps.mean(axis=0), (len(maps), 1)),
     "shuffled words": lambda maps, named, grid, rng: maps[rng.permutation(len(maps))],
-    "ground truth on the grid": lambda maps, named, grid, rng: _truth(maps, named),
+    "ground truth on the grid": lambda maps, named, grid, rng: ground_truth(maps, named),
 }
-"""What maps that know less, or all, score: (maps, named, grid, generator) -> (W, P)."""
+"""Maps (W, P) that do not depend on the word or the photo, and as the upper limit the true masks."""
 
 
-def _truth(maps: np.ndarray, named: Sequence[Named]) -> np.ndarray:
+def ground_truth(maps: np.ndarray, named: Sequence[Named]) -> np.ndarray:
+    """(W, P): each object's mask as the map of its words."""
     truth = np.zeros_like(maps)
     for one in named:
         truth[list(one.words)] = one.cover
@@ -147,17 +159,17 @@ def _truth(maps: np.ndarray, named: Sequence[Named]) -> np.ndarray:
 
 
 class GroundingTable:
-    """Scores of methods and controls as captions come, a row each; intervals are over photos."""
+    """Scores of methods and controls, one row each; captions are added one by one, intervals are over photos."""
 
     def __init__(self, seed: int = 0):
         self.seed, self.rng = seed, np.random.default_rng(seed)
-        self.found: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # row -> photo -> metric -> (sum, count)
+        self.sums: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # row -> photo -> metric -> (sum, count)
 
     def add(self, row: str, photo: str, maps: np.ndarray, named: Sequence[Named]) -> None:
-        """One caption's (W, P) maps by one method."""
-        sums = self.found.setdefault(row, {}).setdefault(photo, {metric: np.zeros(2) for metric in METRICS})
-        for metric, parts in ground(maps, named).items():
-            sums[metric] += parts
+        """Add one caption's maps (W, P) by one method."""
+        sums = self.sums.setdefault(row, {}).setdefault(photo, {metric: np.zeros(2) for metric in METRICS})
+        for metric, sum_and_count in ground(maps, named).items():
+            sums[metric] += sum_and_count
 
     def add_controls(self, photo: str, maps: np.ndarray, named: Sequence[Named], grid: tuple[int, int]) -> None:
         for name, control in CONTROLS.items():
@@ -166,47 +178,50 @@ class GroundingTable:
     def scores(self) -> dict[str, dict[str, Score]]:
         """Each row's metrics, as means over objects."""
         return {
-            row: {metric: _score({photo: sums[metric] for photo, sums in found.items()}) for metric in METRICS}
-            for row, found in self.found.items()
+            row: {
+                metric: _mean_over_objects({stem: sums[metric] for stem, sums in photos.items()}) for metric in METRICS
+            }
+            for row, photos in self.sums.items()
         }
 
     def summary(self, method: str, against: str = "last_mean") -> tuple[dict, str]:
         """All rows with intervals, and `method` compared with `against`: as plain values, and as a table to read."""
-        scores, rows, lines = self.scores(), {}, [f"{'':28}" + "".join(f"{metric:>25}" for metric in METRICS)]
-        for row, own in scores.items():
-            rows[row], line = {}, f"{row + (' *' if row == method else ''):28}"
-            for metric, score in own.items():
-                if not score.photos:
-                    rows[row][metric], line = {"score": None, "interval": None}, line + "none".rjust(25)
-                    continue
-                low, high = interval(score, list(score.parts), self.seed)
-                rows[row][metric] = {"score": score.corpus, "interval": [low, high]}
-                line += f"{score.corpus:.3f} [{low:.3f}, {high:.3f}]".rjust(25)
-            lines.append(line)
-        changes = {}
-        if method != against:
-            for metric in ("match_at_1", "pair_win", "pointing"):
-                first, second = scores[against][metric], scores[method][metric]
-                if not first.photos:
-                    continue
-                change = changes[metric] = paired(first, second, list(first.parts), self.seed)._asdict()
-                lines.append(
-                    f"{metric}, {method} less {against}: {change['difference']:+.3f} "
-                    f"[{change['low']:+.3f}, {change['high']:+.3f}]  p {change['p']:.4f}"
-                )
-        counts = {
-            name: int(sum(count for _, count in scores[method][metric].parts.values()))
-            for name, metric in (("objects", "pointing"), ("objects_among_others", "match_at_1"))
-        }
-        counts = {"photos": len(self.found[method])} | counts
-        lines.append(
-            f"{counts['objects']} objects named in {counts['photos']} photos, {counts['objects_among_others']} of them "
-            "in captions that name two or more"
-        )
-        return {"method": method, **counts, "rows": rows, f"less_{against}": changes}, "\n".join(lines)
+        scores, rows, differences = self.scores(), {}, {}
+        lines = [f"{'':28}" + "".join(f"{metric:>25}" for metric in METRICS)]
+        for row, by_metric in scores.items():
+            rows[row] = {metric: self._with_interval(score) for metric, score in by_metric.items()}
+            mark = " *" if row == method else ""
+            lines.append(f"{row + mark:28}" + "".join(f"{_to_text(**cell):>25}" for cell in rows[row].values()))
+        for metric in ("match_at_1", "pair_win", "pointing"):
+            first, second = scores[against][metric], scores[method][metric]
+            if method != against and first.photos:
+                change = paired(first, second, list(first.parts), self.seed)
+                differences[metric] = change._asdict()
+                values = f"{change.difference:+.3f} [{change.low:+.3f}, {change.high:+.3f}]  p {change.p:.4f}"
+                lines.append(f"{metric}, {method} less {against}: {values}")
+        photos, objects = len(self.sums[method]), self._objects(method, "pointing")
+        among_others = self._objects(method, "match_at_1")
+        named = f"{objects} objects named in {photos} photos"
+        lines.append(f"{named}, {among_others} of them in captions that name two or more")
+        counts = {"photos": photos, "objects": objects, "objects_among_others": among_others}
+        content = {"method": method, **counts, "rows": rows, f"less_{against}": differences}
+        return content, "\n".join(lines)
+
+    def _with_interval(self, score: Score) -> dict:
+        if not score.photos:
+            return {"score": None, "interval": None}
+        return {"score": score.corpus, "interval": list(interval(score, list(score.parts), self.seed))}
+
+    def _objects(self, row: str, metric: str) -> int:
+        return int(sum(sums[metric][1] for sums in self.sums[row].values()))
 
 
-def _score(parts: dict[str, np.ndarray]) -> Score:
-    total, count = np.array(list(parts.values())).sum(axis=0)
-    photos = {photo: float(top / bottom) for photo, (top, bottom) in parts.items() if bottom}
-    return Score(float(total / count) if count else float("nan"), photos, {k: tuple(v) for k, v in parts.items()})
+def _mean_over_objects(sums: dict[str, np.ndarray]) -> Score:
+    """The metric's score from each photo's (sum, number of objects)."""
+    parts = {stem: tuple(pair) for stem, pair in sums.items()}
+    photos = {stem: float(total / count) for stem, (total, count) in parts.items() if count}
+    return Score(float(ratio(np.array(list(parts.values())).sum(axis=0))), photos, parts)
+
+
+def _to_text(score: float | None, interval: list[float] | None) -> str:
+    return "none" if interval is None else f"{score:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"

@@ -1,17 +1,16 @@
-"""BLEU, ROUGE-L and METEOR as pycocoevalcap computes them on PTB tokens, and how varied the captions are.
+"""BLEU, ROUGE-L and METEOR as pycocoevalcap computes them on PTB tokens, and the diversity of the captions.
 
-All take references {photo: captions} and predictions {photo: caption}, raw text; scores are fractions from 0 to 1.
+All functions take references {photo: captions} and predictions {photo: caption} as raw text. Scores are fractions
+from 0 to 1.
 """
 
 import functools
-import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import subprocess
 from pathlib import Path
 
 import numpy as np
 
+from metrics import MetricUnavailable
 from metrics.cider import find_java, ptb_tokenize, tokenize_pairs
 from metrics.statistics import Score, mean_score
 
@@ -23,7 +22,7 @@ def _tokens(references: References, predictions: Predictions) -> tuple[Reference
 
 
 def bleu_of_sums(sums: np.ndarray, order: int) -> np.ndarray:
-    """(..., 10) summed lengths of captions and references, n-grams (1 to 4), matched ones -> BLEU of `order`."""
+    """BLEU of `order` from sums (..., 10): caption length, reference length, n-grams (n = 1 to 4), matched n-grams."""
     tiny, small = 1e-15, 1e-9  # pycocoevalcap's guards against zeros
     length, reference, guessed, matched = sums[..., 0], sums[..., 1], sums[..., 2:6], sums[..., 6:10]
     precision = ((matched + tiny) / (guessed + small))[..., :order].prod(axis=-1) ** (1 / order)
@@ -32,7 +31,7 @@ def bleu_of_sums(sums: np.ndarray, order: int) -> np.ndarray:
 
 
 def bleu(references: References, predictions: Predictions) -> dict[str, Score]:
-    """BLEU-1 to BLEU-4 of the corpus (Papineni et al. 2002), reference of the closest length, as `bleu1`, ..."""
+    """BLEU-1 to BLEU-4 of the corpus (Papineni et al. 2002) as `bleu1`, ...; the reference of closest length counts."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     gold, hypotheses = _tokens(references, predictions)
@@ -46,10 +45,8 @@ def bleu(references: References, predictions: Predictions) -> dict[str, Score]:
         closest = min((abs(other - length), other) for other in counts["reflen"])[1]
         parts[photo] = (length, closest, *counts["guess"], *counts["correct"])
     return {
-        f"bleu{n}": Score(
-            corpus[n - 1], dict(zip(predictions, by_photo[n - 1])), parts, functools.partial(bleu_of_sums, order=n)
-        )
-        for n in (1, 2, 3, 4)
+        f"bleu{n}": Score(score, dict(zip(predictions, photos)), parts, functools.partial(bleu_of_sums, order=n))
+        for n, score, photos in zip((1, 2, 3, 4), corpus, by_photo)
     }
 
 
@@ -61,65 +58,62 @@ def rouge(references: References, predictions: Predictions) -> Score:
     return mean_score(dict(zip(predictions, scores.tolist())))
 
 
-class MeteorUnavailable(Exception):
-    """METEOR's Java program does not run here; the message is one line that says why."""
-
-
-@contextmanager
-def _meteor_can_run() -> Iterator[None]:
-    """The environment that its jar needs: Java on PATH, numbers with points, and one collector's worth of memory."""
-    options = "-Duser.language=en -Duser.country=US -XX:+UseSerialGC"
-    path = f"{Path(find_java()).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    before = dict(os.environ)
-    os.environ.update(PATH=path, JDK_JAVA_OPTIONS=options)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def meteor(references: References, predictions: Predictions) -> Score:
-    """METEOR 1.5 (Denkowski and Lavie 2014), by its own Java program: 2 GB of heap at most, some seconds to load.
+    """METEOR 1.5 (Denkowski and Lavie 2014) by its own Java program, which takes seconds to load and at most 2 GB.
 
-    The corpus score is the program's own, of statistics that it keeps to itself, so it has no interval. Raises
-    MeteorUnavailable.
+    The program gives the corpus score but not the sums that it comes from, so the score has no interval. Raises
+    MetricUnavailable where the program does not run.
     """
-    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.meteor import meteor as official
 
     gold, hypotheses = _tokens(references, predictions)
-    with _meteor_can_run():
-        program = Meteor()
+    java = [find_java(), "-Duser.language=en", "-Duser.country=US", "-XX:+UseSerialGC", "-Xmx2G"]  # decimal points
+    program = subprocess.Popen(
+        [*java, "-jar", official.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"],
+        cwd=Path(official.__file__).parent, encoding="utf-8",
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+    def ask(*parts: str) -> str:
+        print(" ||| ".join(parts), file=program.stdin, flush=True)
+        return program.stdout.readline()
+
+    failure = ""
     try:
-        corpus, by_photo = program.compute_score(gold, hypotheses)
-    except BaseException as error:
-        program.lock = threading.Lock()  # the old one is held still, and its destructor would wait for it for ever
-        program.meteor_p.kill()
-        if not isinstance(error, (OSError, ValueError)):  # a broken pipe, or no number: the reason is in its stderr
-            raise
-        said = program.meteor_p.stderr.read().decode(errors="replace").splitlines()
-        reasons = [line for line in said if line.strip() and not line.startswith("NOTE: Picked up")]
-        raise MeteorUnavailable(reasons[0] if reasons else str(error)) from None
+        captions = {photo: tokens.replace("|||", "").replace("  ", " ") for photo, (tokens,) in hypotheses.items()}
+        counts = [ask("SCORE", *gold[photo], caption).strip() for photo, caption in captions.items()]
+        lines = [ask("EVAL", *counts), *(program.stdout.readline() for _ in counts)]  # the photos', then the corpus'
+        *by_photo, corpus = map(float, lines)
+    except (OSError, ValueError) as error:  # the program has ended, or has printed text in place of a number
+        failure = str(error)
+    finally:
+        program.kill()
+        stderr = program.communicate()[1]
+    if failure:
+        reasons = [line for line in stderr.splitlines() if line.strip() and not line.startswith("NOTE: Picked up")]
+        raise MetricUnavailable((reasons or [failure])[0])
     return Score(corpus, dict(zip(predictions, by_photo)), of_sums=None)
 
 
-DIVERSITY: dict[str, Callable[[list[list[str]]], float]] = {
-    "length": lambda captions: float(np.mean([len(words) for words in captions])),
-    "vocabulary": lambda captions: len({word for words in captions for word in words}),
-    "distinct1": lambda captions: _distinct(captions, 1),
-    "distinct2": lambda captions: _distinct(captions, 2),
-    "unique": lambda captions: len({tuple(words) for words in captions}) / len(captions),
-}
-"""Words a caption, different words, different n-grams in all n-grams (Li et al. 2016), different captions in all."""
+def diversity(predictions: Predictions) -> dict[str, Score]:
+    """How varied the captions are, on PTB tokens; empty captions are left out.
+
+    Mean number of words, number of different words, share of different n-grams (distinct-1 and -2, Li et al. 2016)
+    and share of different captions.
+    """
+    tokens = ptb_tokenize({photo: [caption] for photo, caption in predictions.items()})
+    captions = [text.split() for (text,) in tokens.values() if text] or [[]]
+    words = [word for caption in captions for word in caption]
+    figures = {
+        "length": len(words) / len(captions),
+        "vocabulary": float(len(set(words))),
+        "distinct1": _distinct(captions, 1),
+        "distinct2": _distinct(captions, 2),
+        "unique": len(set(map(tuple, captions))) / len(captions),
+    }
+    return {name: Score(figure, photos={}, of_sums=None) for name, figure in figures.items()}
 
 
 def _distinct(captions: list[list[str]], n: int) -> float:
-    grams = [tuple(words[i : i + n]) for words in captions for i in range(len(words) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
-
-
-def diversity(predictions: Predictions) -> dict[str, float]:
-    """How varied the captions are, empty ones left aside, on PTB tokens: the figures of DIVERSITY by name."""
-    tokens = ptb_tokenize({photo: [caption] for photo, caption in predictions.items()})
-    captions = [text.split() for (text,) in tokens.values() if text] or [[]]
-    return {name: float(measure(captions)) for name, measure in DIVERSITY.items()}
+    ngrams = [tuple(words[i : i + n]) for words in captions for i in range(len(words) - n + 1)]
+    return len(set(ngrams)) / max(1, len(ngrams))

@@ -1,7 +1,8 @@
-"""How sure a score is: bootstrap intervals over photos, and paired comparison of two captioners of the same photos.
+"""How sure a score is: bootstrap intervals over photos, and paired comparison of two runs on the same photos.
 
-A corpus score is a function of sums over photos (a mean, or BLEU's clipped counts), so every resample is a product of
-a matrix of counts and those sums. CIDEr's n-gram weights are held fixed: on 1,000 photos that makes no difference.
+A corpus score is a function of sums over photos (a mean, or BLEU's clipped counts), so all resamples are one product
+of a matrix of counts and the photos' parts. CIDEr's n-gram weights are not computed again for each resample: on 1,000
+photos that makes no difference.
 Efron 1979; paired tests as in Koehn 2004 (https://aclanthology.org/W04-3250) and Riezler and Maxwell 2005.
 """
 
@@ -16,7 +17,7 @@ RESAMPLES = 2000
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """(..., 2) sums of scores and of photos that have one -> their mean, nan where none has."""
+    """(..., 2): the sum of the scores, and the number of photos that have one -> the mean; nan if no photo has one."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums[..., 0] / sums[..., 1]
 
@@ -28,11 +29,15 @@ class Score:
     corpus: float
     """The score of all photos."""
     photos: dict[str, float]
-    """Scores by photo; a photo that has none (it could not be read) is not there."""
+    """Scores by photo, without photos that could not be scored; empty for a figure of the corpus alone."""
     parts: dict[str, tuple[float, ...]] | None = None
-    """By photo what `of_sums` takes the sum of; without it the corpus score is the mean of `photos`."""
+    """C numbers by photo, the sums of which `of_sums` takes; without them the corpus score is the mean of `photos`."""
     of_sums: Callable[[np.ndarray], np.ndarray] | None = ratio
-    """(..., C) sums of parts -> (...) corpus scores; None where the corpus score is no function of sums."""
+    """(..., C) sums of parts -> (...) corpus scores; None where the corpus score is not a function of sums."""
+
+    @property
+    def has_interval(self) -> bool:
+        return self.of_sums is not None and len(self.photos) > 1
 
     def matrix(self, stems: list[str]) -> np.ndarray:
         """(N, C) parts in the order of `stems`."""
@@ -46,7 +51,7 @@ def mean_score(photos: dict[str, float]) -> Score:
     return Score(float(np.mean(list(photos.values()))), photos)
 
 
-@functools.lru_cache(maxsize=2)  # the same for every metric and run
+@functools.lru_cache(maxsize=2)  # every metric and run uses the same
 def _counts(photos: int, seed: int) -> np.ndarray:
     """How often each photo is in each resample, (RESAMPLES, N)."""
     share = np.full(photos, 1 / photos)
@@ -60,7 +65,7 @@ def _signs(photos: int, seed: int) -> np.ndarray:
 
 
 def _sums(draws: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """(R, N) times (N, C), few rows at a time as floats."""
+    """(R, N) times (N, C); few rows at a time, because as floats they need eight times the memory."""
     pieces = np.array_split(draws, 1 + draws.size // 4_000_000)
     return np.concatenate([piece.astype(float) @ parts for piece in pieces])
 
@@ -73,14 +78,14 @@ def interval(score: Score, stems: list[str], seed: int = 0) -> tuple[float, floa
 
 
 class Difference(NamedTuple):
-    """Of the second of two runs from the first."""
+    """The score of the second of two runs minus that of the first."""
 
     difference: float
     low: float
-    """The difference's 95% interval, from `low` to `high`: both runs on the same resampled photos."""
+    """Lower end of the difference's 95% interval; both runs are resampled by the same photos."""
     high: float
     p: float
-    """Two-sided, of a permutation test in which each photo's two captions change sides at random."""
+    """Two-sided p of a permutation test, which swaps the two captions of each photo at random."""
 
 
 def paired(first: Score, second: Score, stems: list[str], seed: int = 0) -> Difference:
@@ -91,5 +96,5 @@ def paired(first: Score, second: Score, stems: list[str], seed: int = 0) -> Diff
     observed = float(value(two.sum(axis=0)) - value(one.sum(axis=0)))
     middle, change = (one + two).sum(axis=0) / 2, _sums(_signs(len(stems), seed), (two - one) / 2)
     swapped = np.abs(value(middle + change) - value(middle - change))
-    as_far = np.sum(swapped >= abs(observed) - 1e-12)  # the tolerance is for sums in another order
+    as_far = np.sum(swapped >= abs(observed) - 1e-12)  # the tolerance: sums in another order round differently
     return Difference(observed, float(low), float(high), float((1 + as_far) / (1 + RESAMPLES)))

@@ -1,6 +1,6 @@
-"""From what a caption's tokens looked at to one map a word: the report's four methods, and those that ground better.
+"""From an attention record to one map for each word: the report's four methods, and methods that ground better.
 
-All methods work on one `Look`; nothing here runs a model. W units (words or tokens), P patches in R rows and C columns.
+All methods work on an `AttentionRecord`; nothing here runs a model. W units (words or tokens), P patches.
 """
 
 import re
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.attention import Look
+from models.attention import AttentionRecord
 
 BAND = (0.4, 0.6)  # of the depth: in middle layers words attend to what they name
 SINK = 20.0  # a patch whose median over words is so many times the median patch's takes attention whatever the word
@@ -28,17 +28,17 @@ class Unit:
     """Share of attention, mean over heads, layers and tokens, that went to the photo's patches."""
 
 
-def split_units(look: Look, tokenizer, unit: str = "word") -> list[Unit]:
+def split_units(record: AttentionRecord, tokenizer, unit: str = "word") -> list[Unit]:
     """The words of a caption (sub-words joined, the closing EOS left out), or its tokens, EOS included.
 
     Byte-level tokenizers mark the start of a word by `Ġ`, SentencePiece by `▁`; punctuation stands alone.
     """
     groups: list[list[int]] = []
     if unit == "token":
-        groups = [[place] for place in range(len(look.ids))]
+        groups = [[place] for place in range(len(record.ids))]
     else:
         lone = False  # a mark alone belongs to the piece behind it
-        for place, piece in enumerate(tokenizer.convert_ids_to_tokens(look.ids[:-1])):
+        for place, piece in enumerate(tokenizer.convert_ids_to_tokens(record.ids[:-1])):
             piece = piece or ""  # an id of the model that the tokenizer does not have
             bare = re.sub("^[Ġ▁Ċ]+", "", piece)
             goes_on = bare[:1].isalnum() or bare[:1] == "'" or ord(bare[:1] or " ") > 127
@@ -46,12 +46,12 @@ def split_units(look: Look, tokenizer, unit: str = "word") -> list[Unit]:
                 groups.append([])
             groups[-1].append(place)
             lone = not bare
-    mass = look.mean.sum(axis=2).mean(axis=0)  # (T)
+    mass = record.mean.sum(axis=2).mean(axis=0)  # (T)
     units = []
     for group in groups:
-        text = tokenizer.decode([look.ids[place] for place in group]).strip()
+        text = tokenizer.decode([record.ids[place] for place in group]).strip()
         if text or unit == "token":
-            probability = float(np.prod(look.probabilities[group]))
+            probability = float(np.prod(record.probabilities[group]))
             units.append(Unit(text, tuple(group), probability, float(mass[group].mean())))
     return units
 
@@ -71,8 +71,8 @@ def band(layers: int) -> slice:
     return slice(first, max(first + 1, int(np.ceil(BAND[1] * layers))))
 
 
-def _mid(look: Look, units: Sequence[Unit]) -> np.ndarray:
-    return joined(look.mean[band(len(look.mean))], units).mean(axis=0)
+def _mid(record: AttentionRecord, units: Sequence[Unit]) -> np.ndarray:
+    return joined(record.mean[band(len(record.mean))], units).mean(axis=0)
 
 
 def against_others(maps: np.ndarray) -> np.ndarray:
@@ -105,18 +105,18 @@ def _demeaned(maps: np.ndarray) -> np.ndarray:
     return maps - maps.mean(axis=0)
 
 
-Method = Callable[[Look, Sequence[Unit], tuple[int, int]], np.ndarray]
+Method = Callable[[AttentionRecord, Sequence[Unit], tuple[int, int]], np.ndarray]
 METHODS: dict[str, Method] = {
-    "last_mean": lambda look, units, grid: joined(look.mean[-1], units),
-    "last_max": lambda look, units, grid: joined(look.peak[-1], units),
-    "penult_mean": lambda look, units, grid: joined(look.mean[-2:][0], units),
-    "penult_max": lambda look, units, grid: joined(look.peak[0], units),
-    "mid": lambda look, units, grid: _mid(look, units),
-    "demean": lambda look, units, grid: _demeaned(_mid(look, units)),
-    "rel": lambda look, units, grid: smoothed(against_others(_mid(look, units)), grid),
-    "lens": lambda look, units, grid: smoothed(_demeaned(joined(look.lens, units)), grid),
+    "last_mean": lambda record, units, grid: joined(record.mean[-1], units),
+    "last_max": lambda record, units, grid: joined(record.peak[-1], units),
+    "penult_mean": lambda record, units, grid: joined(record.mean[-2:][0], units),
+    "penult_max": lambda record, units, grid: joined(record.peak[0], units),
+    "mid": lambda record, units, grid: _mid(record, units),
+    "demean": lambda record, units, grid: _demeaned(_mid(record, units)),
+    "rel": lambda record, units, grid: smoothed(against_others(_mid(record, units)), grid),
+    "lens": lambda record, units, grid: smoothed(_demeaned(joined(record.lens, units)), grid),
 }
-"""(look, units, grid) -> (W, P) maps; higher is more, and what is shown is their positive part."""
+"""(record, units, grid) -> (W, P) maps; higher is more, and what is shown is their positive part."""
 
 ABOUT = {
     "last_mean": "last layer, mean over heads",

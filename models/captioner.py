@@ -1,22 +1,23 @@
-"""The captioner: frozen encoder, projector, decoder. Its loss over packed captions, and its generation.
+"""The captioner: frozen encoder, projector, decoder. Its loss over packed captions, its captions, its attention.
 
-The decoder reads `image embeddings + EOS + caption` and learns `caption + EOS`. Captions of one photo share its
-prefix in one row, each with its own positions and a mask that hides its neighbours, so that the gradients equal
-those of one row a pair (the same packing as in sequence packing for language models, arXiv 2107.02027).
+The decoder reads `image embeddings + EOS + caption` and learns `caption + EOS`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from common.config import UserError
-from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, fuse_gelu, load_decoder, merge_lora
-from models.decoding import Decoding, generation_config, one_query_attention, samplers, until_eos, with_room
-from models.encoder import EncoderConfig, FrozenEncoder, build_encoder
-from models.packing import ChunkedCrossEntropy, PackedBatch, packed_hidden
+from data.photos import LoadedPhoto
+from models.attention import AttentionRecord, randomize, read_records, record_attention
+from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, load_decoder, merge_lora
+from models.decoding import Decoding, generate_all, prefill
+from models.encoder import EncoderConfig, FrozenEncoder, PatchGrid, build_encoder
+from models.features import CachedEncoder
+from models.packing import ChunkedCrossEntropy, PackedBatch, pack_rows, packed_hidden
 from models.projector import Projector, ProjectorConfig
 
 
@@ -35,7 +36,7 @@ class CaptionerConfig:
 
 
 class Captioner(nn.Module):
-    """Build it with `build_captioner`, or `models.checkpoint.load_captioner` for a trained one."""
+    """A `models.interface.CaptionModel`; `build_captioner` makes a fresh one, `load_captioner` reads a trained one."""
 
     def __init__(
         self, encoder: FrozenEncoder, projector: Projector, decoder: nn.Module, tokenizer, config: CaptionerConfig
@@ -43,6 +44,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.encoder, self.projector, self.decoder = encoder, projector, decoder
         self.tokenizer, self.config = tokenizer, config
+        self.features = CachedEncoder(encoder)
 
     def train(self, mode: bool = True) -> "Captioner":
         """The decoder's own dropout (GPT-2 has three kinds) stays off: what is frozen needs no regularising."""
@@ -53,8 +55,40 @@ class Captioner(nn.Module):
                 module.lora_dropout.train(mode)
         return self
 
+    # ----------------------------------------------------------------------------------- training
+
+    def prefix(self, features: Tensor) -> Tensor:
+        """(B, P, D_image) -> (B, P, D_text), in the decoder's dtype and on its device."""
+        return self.projector(features).to(causal_lm(self.decoder).dtype)
+
+    def hidden(self, prefix: Tensor, batch: PackedBatch) -> Tensor:
+        """(B, P, D_text) image prefix and B packed rows of L tokens -> (B, P + L, D_text) final hidden states."""
+        return packed_hidden(causal_lm(self.decoder).base_model, prefix, batch)
+
+    def forward(self, features: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:
+        """(B, P, D_image) features and B packed rows -> weighted sum of the supervised losses, their number."""
+        prefix = self.prefix(features)
+        hidden = self.hidden(prefix, batch)[:, prefix.shape[1] :].flatten(0, 1)
+        head = causal_lm(self.decoder).get_output_embeddings()
+        trained = [weight for weight in head.parameters() if weight.requires_grad and torch.is_grad_enabled()]
+        states, labels = hidden[batch.supervised], batch.labels.flatten()[batch.supervised]
+        return ChunkedCrossEntropy.apply(states, labels, batch.token_weights, head, *trained), len(labels)
+
+    # ----------------------------------------------------------------------------------- inference
+
+    def ready(self, device: torch.device, dtype: torch.dtype, features: Path | None = None) -> "Captioner":
+        """For inference: fold LoRA into the decoder, move all to `device`, and the decoder to `dtype`.
+
+        Encoder and projector stay in float32. `features` is the folder of features that training left.
+        """
+        self.decoder = merge_lora(self.decoder).to(device, dtype)
+        self.features = CachedEncoder(self.encoder, features)  # before the encoder moves: hashing reads its weights
+        self.encoder.to(device)
+        self.projector.to(device)
+        return self.eval()
+
     def check_room(self, text_tokens: int, key: str) -> None:
-        """Raise a UserError, naming the setting `key`, where the decoder has no positions for so long a text."""
+        """Raise a UserError that names the setting `key` where the decoder has no positions for so long a text."""
         room = getattr(causal_lm(self.decoder).config, "max_position_embeddings", None)
         if room is not None and self.encoder.tokens + 1 + text_tokens > room:
             raise UserError(
@@ -62,71 +96,59 @@ class Captioner(nn.Module):
                 f"decoder's {room} positions"
             )
 
-    def prefix(self, features: Tensor) -> Tensor:
-        """(B, P, D_image) -> (B, P, D_text), in the decoder's dtype."""
-        return self.projector(features).to(causal_lm(self.decoder).dtype)
-
-    def forward(self, features: Tensor, rows: PackedBatch) -> tuple[Tensor, int]:
-        """(B, P, D_image) features and B packed rows -> weighted sum of the supervised losses, their number."""
-        image = self.prefix(features)
-        hidden = self.hidden(image, rows)[:, image.shape[1] :].flatten(0, 1)
-        head = causal_lm(self.decoder).get_output_embeddings()
-        weights = [weight for weight in head.parameters() if weight.requires_grad and torch.is_grad_enabled()]
-        states, labels = hidden[rows.supervised], rows.labels.flatten()[rows.supervised]
-        return ChunkedCrossEntropy.apply(states, labels, rows.weights, head, *weights), len(labels)
-
-    def hidden(self, image: Tensor, rows: PackedBatch) -> Tensor:
-        """(B, P, D_text) image prefix and B packed rows of L tokens -> (B, P + L, D_text) final hidden states."""
-        return packed_hidden(causal_lm(self.decoder).base_model, image, rows)
-
-    def merge(self) -> "Captioner":
-        """Fold LoRA into the decoder, for inference."""
-        self.decoder = merge_lora(self.decoder)
-        fuse_gelu(self.decoder)
-        return self
-
-    def place(self, device: torch.device, dtype: torch.dtype) -> "Captioner":
-        """Move all to `device`, the decoder to `dtype`; encoder and projector stay in float32."""
-        self.encoder.to(device)
-        self.projector.to(device)
-        self.decoder.to(device, dtype)
-        return self
-
-    def features(self, images: Sequence[Image.Image]) -> Tensor:
-        """B RGB photos -> (B, P, D_image)."""
-        pixels = torch.stack([self.encoder.transform(image) for image in images])
-        return self.encoder(pixels.to(self.encoder.device))
+    def generate(
+        self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
+    ) -> dict[str, list[list[int]]]:
+        """Token ids of B captions for each decoding; see `models.interface`."""
+        return self.generate_from(self.features(photos), decodings, seeds)
 
     @torch.inference_mode()
-    def generate(self, features: Tensor, decoding: Decoding = Decoding(), seeds: Sequence[int] = ()) -> list[list[int]]:
-        """(B, P, D_image) -> token ids of B captions, without EOS; sampling draws by one of B `seeds` for each.
-
-        All photos have equally long prefixes, so that nothing is padded; each is read once, whatever the beams.
-        """
+    def generate_from(
+        self, features: Tensor, decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
+    ) -> dict[str, list[list[int]]]:
+        """The same from (B, P, D_image) features. All prefixes are equally long, so that nothing is padded."""
         lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
-        image = self.prefix(features)
+        prefix = self.prefix(features)
         # on a CPU a few photos at a time, so that what passes between layers stays in its caches
-        parts = image.split(8) if image.device.type == "cpu" else [image]
-        caches = [lm.base_model(inputs_embeds=part, use_cache=True).cache for part in parts]
-        # the image's places count; what id stands there does not, for its keys and values are in the cache
-        ids = torch.full((len(image), image.shape[1] + 1), eos, device=image.device)
-        with one_query_attention(lm):
-            out = lm.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                cache=with_room(caches, decoding.num_beams, decoding.max_new_tokens),
-                generation_config=generation_config(decoding, eos, pad=eos),
-                logits_processor=samplers(decoding, seeds),
-            )
-        return until_eos(out[:, ids.shape[1] :], eos)
+        parts = prefix.split(8) if prefix.device.type == "cpu" else [prefix]
+        caches = [prefill(lm.base_model, inputs_embeds=part)[0] for part in parts]
+        # `generate` takes ids for all positions; those of the image are not read, since the cache holds them
+        ids = torch.full((len(prefix), prefix.shape[1] + 1), eos, device=prefix.device)
+        return generate_all(lm, lm, caches, ids, torch.ones_like(ids), decodings, seeds, eos, pad=eos)
 
-    def caption(self, features: Tensor, decoding: Decoding = Decoding(), seeds: Sequence[int] = ()) -> list[str]:
-        """The captions of `generate` as text."""
-        return [self.text(ids) for ids in self.generate(features, decoding, seeds)]
+    @torch.inference_mode()
+    def attend(
+        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]]
+    ) -> list[list[AttentionRecord]]:
+        """What each token of each of a photo's captions attended to, the closing EOS last; one pass for all of them."""
+        lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
+        prefix = self.prefix(self.features(photos))
+        tokens, patches = prefix.shape[1], self.encoder.patch_rows_columns[0] * self.encoder.patch_rows_columns[1]
+        columns = torch.arange(tokens - patches, tokens, device=prefix.device).expand(len(prefix), -1)  # no class token
+        batch = pack_rows(captions, eos).to(prefix.device)
+        rows = torch.arange(batch.labels.shape[1], device=prefix.device).expand(len(prefix), -1) + tokens
+        with record_attention(lm, rows, columns) as recorder:
+            hidden = self.hidden(prefix, batch)
+        closed = [[[*caption, eos] for caption in own] for own in captions]
+        head = lm.get_output_embeddings()
+        return read_records(recorder, hidden[:, tokens:], hidden[:, tokens - patches : tokens], head, closed)
+
+    def patch_grid(self, width: int, height: int) -> PatchGrid:
+        """Where the patches lie on a photo of `width` x `height` pixels."""
+        return self.encoder.grid(width, height)
+
+    def ids(self, text: str) -> list[int]:
+        """Caption -> token ids, as in training."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def text(self, ids: Sequence[int]) -> str:
         """Token ids -> caption, white space collapsed."""
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+
+    def randomize(self) -> None:
+        """Draw all weights anew; features of the trained encoder are forgotten."""
+        randomize(self)
+        self.features = CachedEncoder(self.encoder)
 
 
 def build_captioner(config: CaptionerConfig, load_weights: bool = True) -> Captioner:

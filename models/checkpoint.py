@@ -5,10 +5,7 @@ is read, and every tensor must be there, of the right shape, with none left over
 """
 
 import json
-import os
-import shutil
 import warnings
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.config import UserError, check, config_from
-from common.files import write_json
+from common.files import folder_written_whole, restore_folder, write_json
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.decoder import check_decoder
 from models.encoder import check_encoder
@@ -34,81 +31,36 @@ def save_captioner(
 
     `extra` are more files {name: object for torch.save}.
     """
-    part = _part(folder)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(
-        {name: tensor.to(dtype).contiguous() for name, tensor in captioner.projector.state_dict().items()},
-        part / PROJECTOR,
-    )
     (settings,) = captioner.decoder.peft_config.values()
     settings.base_model_name_or_path = captioner.config.decoder.model
-    settings.save_pretrained(part / LORA)
-    lora = _lora_state(captioner.decoder)
-    save_file({name: tensor.to(dtype).contiguous() for name, tensor in lora.items()}, part / LORA_WEIGHTS)
-    write_json(part / CONFIG, asdict(captioner.config))
-    for name, value in (extra or {}).items():
-        torch.save(value, part / name)
-    replace_folder(part, folder)
+    with folder_written_whole(folder) as part:
+        settings.save_pretrained(part / LORA)
+        for file, state in learnt(captioner).items():
+            save_file({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, part / file)
+        write_json(part / CONFIG, asdict(captioner.config))
+        for name, value in (extra or {}).items():
+            torch.save(value, part / name)
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Delete the checkpoint `folder` and what a killed run may have left of it."""
-    for path in (folder, _old(folder), _part(folder)):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _part(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.part")
-
-
-def _old(folder: Path) -> Path:
-    """Where `folder` stands while a new one takes its place; a killed run may leave it there."""
-    return folder.with_name(f".{folder.name}.old")
-
-
-def replace_folder(part: Path, folder: Path) -> None:
-    """Move `part` to where `folder` is, keeping the old one until the new one is in place."""
-    old = _old(folder)
-    restore_folder(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def restore_folder(folder: Path) -> None:
-    """Undo a `replace_folder` that was killed after it had moved the old folder away."""
-    if not folder.exists():
-        with suppress(FileNotFoundError):  # nothing to undo, or another process was faster
-            os.rename(_old(folder), folder)
-
-
-def _lora_state(decoder) -> dict[str, Tensor]:
+def learnt(captioner: Captioner) -> dict[str, dict[str, Tensor]]:
+    """The trained tensors by file and name."""
     from peft import get_peft_model_state_dict
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # the head is adapted, and peft would add the embeddings tied to it: 125 MB for GPT-2
-        return get_peft_model_state_dict(decoder, save_embedding_layers=False)
+        lora = get_peft_model_state_dict(captioner.decoder, save_embedding_layers=False)
+    return {PROJECTOR: captioner.projector.state_dict(), LORA_WEIGHTS: lora}
 
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder meant by `path`: itself, or `best/` in a run folder, or `last/` where there is no best."""
-    for folder in (path, path / "best", _old(path / "best"), path / "last", _old(path / "last")):
+    for folder in (path, path / "best", path / "last"):
+        if path != folder:
+            restore_folder(folder)
         if (folder / CONFIG).is_file():
             return folder
     raise UserError(f"checkpoint: {path}: expected a run folder or a checkpoint folder, found no {CONFIG} in it")
-
-
-def read_config(folder: Path) -> CaptionerConfig:
-    """`captioner.json` of a checkpoint folder."""
-    file = folder / CONFIG
-    try:
-        return config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, UserError) as error:
-        raise UserError(f"{file}: expected the settings of a captioner: {error}") from None
 
 
 def check_checkpoint(folder: Path) -> CaptionerConfig:
@@ -116,17 +68,20 @@ def check_checkpoint(folder: Path) -> CaptionerConfig:
 
     Returns the config. Raises UserError for missing files, and for tensors that are missing, unexpected or misshapen.
     """
-    config = read_config(folder)
+    file = folder / CONFIG
+    try:
+        config = config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{file}: expected the settings of a captioner: {error}") from None
     missing = [name for name in (PROJECTOR, LORA_WEIGHTS) if not (folder / name).is_file()]
     check([f"checkpoint: {folder}: expected {name} in it" for name in missing])
     check(check_encoder(config.encoder) + check_decoder(config.decoder))
-    empty = build_captioner(config, load_weights=False)
-    for file, state in ((PROJECTOR, empty.projector.state_dict()), (LORA_WEIGHTS, _lora_state(empty.decoder))):
+    for file, state in learnt(build_captioner(config, load_weights=False)).items():
         expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
         try:
             with safe_open(folder / file, framework="pt") as stored:
                 found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / file}: expected a safetensors file: {error}") from None
         wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
         if wrong:
@@ -136,15 +91,11 @@ def check_checkpoint(folder: Path) -> CaptionerConfig:
 
 
 def load_trained(captioner: Captioner, folder: Path) -> None:
-    """Copy the trained tensors of `folder` into `captioner`, strictly."""
+    """Copy the trained tensors of `folder`, which `check_checkpoint` has passed, into `captioner`."""
     from peft import set_peft_model_state_dict
 
     captioner.projector.load_state_dict(load_file(folder / PROJECTOR), strict=True)
-    state = load_file(folder / LORA_WEIGHTS)
-    result = set_peft_model_state_dict(captioner.decoder, state)
-    lost = [name for name in result.missing_keys if "lora_" in name]
-    if lost or result.unexpected_keys:
-        raise UserError(f"{folder / LORA_WEIGHTS}: of another model: {(lost + list(result.unexpected_keys))[0]}")
+    set_peft_model_state_dict(captioner.decoder, load_file(folder / LORA_WEIGHTS))
 
 
 def load_captioner(path: Path) -> Captioner:

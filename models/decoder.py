@@ -57,9 +57,9 @@ def check_decoder(config: DecoderConfig) -> list[str]:
 def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.Module, object]:
     """The causal LM in float32 and its tokenizer; without `load_weights` on the meta device and without tokenizer.
 
-    Raises UserError where the model is not to be had, or where its tokenizer names no end-of-text token.
+    Raises UserError where the model cannot be loaded, or where its tokenizer names no end-of-text token.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     if (Path(config.model) / COURSE_FILES[0]).exists():
         return _load_course_form(Path(config.model), load_weights)
@@ -69,16 +69,14 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
         where, options = str(file.parent), {"gguf_file": file.name}
     hub = True
     try:
-        # the library's default configuration is GPT-2 small: no hub needed
-        if not load_weights and where == "gpt2" and not Path(where).is_dir():
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(GPT2Config()), None
         with hub_or_cache() as hub:
+            shape = _shape(where, load_weights, options)
             if not load_weights:
-                shape = AutoConfig.from_pretrained(where, **options)
                 with torch.device("meta"):
                     return AutoModelForCausalLM.from_config(shape), None
-            lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+            lm = AutoModelForCausalLM.from_pretrained(
+                where, config=shape, dtype=torch.float32, attn_implementation="sdpa", **options
+            )
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # hub clients raise all sorts; the user needs one line
         reason = why(error, hub or Path(where).exists())
@@ -88,6 +86,18 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
     _check_head(lm)
     lm.generation_config = GenerationConfig()  # greedy means greedy, whatever penalties the model's authors set
     return lm, tokenizer
+
+
+def _shape(where: str, load_weights: bool, options: dict):
+    """A model's configuration, with GPT-2's GELU in one pass over its input where the library takes eight."""
+    from transformers import AutoConfig, GPT2Config
+
+    # the library's default configuration is GPT-2 small: its size needs no hub
+    offline = not load_weights and where == "gpt2" and not Path(where).is_dir()
+    shape = GPT2Config() if offline else AutoConfig.from_pretrained(where, **options)
+    if getattr(shape, "activation_function", None) == "gelu_new":
+        shape.activation_function = "gelu_pytorch_tanh"  # the same function
+    return shape
 
 
 def _check_head(lm: nn.Module) -> None:
@@ -105,7 +115,7 @@ def _load_course_form(folder: Path, load_weights: bool) -> tuple[nn.Module, obje
 
     weights, vocab, merges = (folder / name for name in COURSE_FILES)
     with torch.device("cpu" if load_weights else "meta"):
-        lm = GPT2LMHeadModel(GPT2Config())
+        lm = GPT2LMHeadModel(GPT2Config(activation_function="gelu_pytorch_tanh"))  # gelu_new in one pass
     if not load_weights:
         return lm, None
     try:
@@ -152,14 +162,13 @@ def causal_lm(decoder: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def attending(lm: nn.Module, implementation: str) -> Iterator[None]:
-    """Let a transformers model attend by another implementation of the library's; its own comes back after it."""
-    before = lm.config._attn_implementation
+def attention(lm: nn.Module, implementation: str, after: str) -> Iterator[None]:
+    """Let a transformers model compute attention by another implementation of the library's, and `after` the block."""
     lm.set_attn_implementation(implementation)
     try:
         yield
     finally:
-        lm.set_attn_implementation(before)
+        lm.set_attn_implementation(after)
 
 
 def merge_lora(decoder: nn.Module) -> nn.Module:
@@ -217,16 +226,6 @@ def fuse_lora(decoder: nn.Module) -> None:
             (name,) = module.active_adapters
             if isinstance(module.lora_dropout[name], nn.Identity):
                 module.forward = partial(_fused_forward, module, name)
-
-
-def fuse_gelu(decoder: nn.Module) -> None:
-    """Compute GPT-2's GELU in one pass over its input, where transformers takes eight: the same function."""
-    from transformers.activations import NewGELUActivation
-
-    for module in decoder.modules():
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _fused_forward(module: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:

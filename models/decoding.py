@@ -1,27 +1,32 @@
-"""How a caption is written: decoding settings, samplers by a generator a photo, and the cache of keys and values.
+"""How a caption is written: the settings, sampling with a generator for each photo, several decodings from one prefill.
 
-transformers draws a batch's words from one global generator, so that a caption changes with the batch size, the order
-of the photos and where a run was resumed. Here each row has its own, and greedy choice does the rest: the arg max of
-log-probabilities plus Gumbel noise is a draw from their distribution (Gumbel 1954; Maddison et al. 2014).
-
-transformers' DynamicCache copies all that it holds for each new token, into fresh memory each time; its StaticLayer
-writes a token in its place. It wants to know how many will come, which a captioner knows.
+transformers draws the words of a batch from one global generator. A caption then changes with the batch size, with the
+order of the photos and with the place where a run was resumed. Here each row has a generator of its own: the arg max of
+log-probabilities plus Gumbel noise is a draw from their distribution (Gumbel 1954; Maddison et al. 2014), and
+`generate` only has to take the arg max.
 """
 
+import copy
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from models.decoder import attending
+from models.decoder import attention
+
+# transformers calls the argument `cache` from 5.24 on, and `past_key_values` before.
+CACHE = (
+    "cache" if "cache" in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
+)
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,21 @@ class Decoding:
     num_beams: PositiveInt = 1
     """Beams of the beam search; 1 is greedy or sampling."""
     do_sample: bool = False
-    """Draw words at random instead of taking the likeliest."""
+    """Draw each word at random instead of taking the likeliest."""
     temperature: PositiveFloat = 1.0
     """Divides the logits before sampling."""
     top_p: ClosedUnitInterval = 1.0
     """Sample from the likeliest words that make up this share of the probability."""
     top_k: NonNegativeInt = 0
     """Sample from this many likeliest words; 0 is all."""
+
+
+# The three decodings of the published report.
+PRESETS = {
+    "best": Decoding(),
+    "moderate": Decoding(do_sample=True, temperature=0.7, top_p=0.9, top_k=50),
+    "diverse": Decoding(do_sample=True, temperature=0.9, top_p=0.95, top_k=100),
+}
 
 
 def check_decoding(key: str, decoding: Decoding) -> list[str]:
@@ -51,17 +64,20 @@ def check_decoding(key: str, decoding: Decoding) -> list[str]:
         problems.append(f"{key}.top_p: expected more than 0, got 0")
     for name in ("temperature", "top_p", "top_k"):
         if not decoding.do_sample and getattr(decoding, name) != getattr(Decoding(), name):
-            problems.append(f"{key}.{name}: is of sampling alone; expected {key}.do_sample with it")
+            problems.append(f"{key}.{name}: only sampling uses it; expected {key}.do_sample with it")
     return problems
 
 
+# ------------------------------------------------------------------------------------------- samplers
+
+
 def photo_seed(*parts: object) -> int:
-    """A seed of 63 bits from (seed, preset, photo), say."""
+    """A seed of 63 bits from, for example, (seed, decoding, photo)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 class GumbelNoise(LogitsProcessor):
-    """Add to each row's scores the Gumbel noise of that row's generator."""
+    """Adds to each row's scores the Gumbel noise of that row's generator."""
 
     def __init__(self, seeds: Sequence[int]):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -74,7 +90,7 @@ class GumbelNoise(LogitsProcessor):
 
 
 def samplers(decoding: Decoding, seeds: Sequence[int]) -> LogitsProcessorList:
-    """What turns greedy generation into sampling as `decoding` says; empty where it does not sample."""
+    """The processors that turn greedy generation into sampling as `decoding` says; none where it does not sample."""
     if not decoding.do_sample:
         return LogitsProcessorList()
     chosen: list[LogitsProcessor] = []
@@ -87,16 +103,16 @@ def samplers(decoding: Decoding, seeds: Sequence[int]) -> LogitsProcessorList:
     return LogitsProcessorList([*chosen, GumbelNoise(seeds)])
 
 
-class InTurn(LogitsProcessor):
-    """Processors of K decodings for rows in turn: row 0 goes to the first, row 1 to the second, ..."""
+class Interleaved(LogitsProcessor):
+    """Processors of K decodings for interleaved rows: row 0 goes to the first, row 1 to the second, and so on."""
 
-    def __init__(self, own: Sequence[LogitsProcessorList]):
-        self.own = own
+    def __init__(self, processors: Sequence[LogitsProcessorList]):
+        self.processors = processors
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B * K, L) ids, (B * K, V) logits -> (B * K, V)"""
-        count, scores = len(self.own), scores.float()
-        rows = [own(input_ids[k::count], scores[k::count]) for k, own in enumerate(self.own)]
+        count, scores = len(self.processors), scores.float()
+        rows = [process(input_ids[k::count], scores[k::count]) for k, process in enumerate(self.processors)]
         return torch.stack(rows, dim=1).flatten(0, 1)
 
 
@@ -108,7 +124,7 @@ def generation_config(decoding: Decoding, eos: int | list[int], pad: int) -> Gen
         do_sample=False,  # the samplers draw
         eos_token_id=eos,
         pad_token_id=pad,
-        disable_compile=True,  # a cache of fixed size would have a GPU compile anew for every batch shape
+        disable_compile=True,  # a GPU would compile a cache of fixed size anew for every batch shape
     )
 
 
@@ -122,47 +138,73 @@ def until_eos(ids: Tensor, eos: int | list[int]) -> list[list[int]]:
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
 
 
-# ------------------------------------------------------------------------------------------- keys and values
+# ------------------------------------------------------------------------------------------- from one prefill
 
 
-def with_room(parts: Sequence[Cache], repeats: int, more: int) -> Cache:
-    """Join the caches of a batch's parts, which are used up, with room for `more` tokens behind what they hold.
+def prefill(model: nn.Module, **inputs) -> tuple[Cache, Tensor]:
+    """Run `model` (a transformers model without its head) over a prompt: keys and values, (B, N, D) final states."""
+    cache = DynamicCache(config=model.config)
+    states = model(**inputs, **{CACHE: cache}, use_cache=True).last_hidden_state
+    return cache, states
 
-    Each row comes `repeats` times in succession. Layers with a sliding window stay of their own kind.
+
+def fixed_cache(parts: Sequence[Cache], repeats: int, room: int) -> Cache:
+    """Join the caches of a batch's parts, which are used up; each row comes `repeats` times in succession.
+
+    transformers' DynamicLayer copies all that it holds for each new token. The StaticLayers here have room for `room`
+    tokens more and write each in its place. Layers with a sliding window stay of their own kind.
     """
     cache = parts[0]
     for number, layers in enumerate(zip(*(part.layers for part in parts))):
-        layer, length = layers[0], layers[0].keys.shape[2]
-        room = more if type(layer) is DynamicLayer else 0
-        keys = _joined([one.keys for one in layers], repeats, room)
-        values = _joined([one.values for one in layers], repeats, room)
-        if room:
-            layer = StaticLayer(max_cache_len=length + room)
-            layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-            layer.cumulative_length = torch.tensor(length, device=keys.device)
-        layer.keys, layer.values = keys, values
-        cache.layers[number] = layer
+        keys, values = (
+            torch.cat([getattr(layer, name) for layer in layers]).repeat_interleave(repeats, dim=0)
+            for name in ("keys", "values")
+        )
         for used in layers[1:]:
             used.reset()  # its memory is free for the next layer
+        if type(layers[0]) is DynamicLayer:
+            cache.layers[number] = StaticLayer(max_cache_len=keys.shape[2] + room)
+            cache.layers[number].update(keys, values)
+        else:
+            layers[0].keys, layers[0].values = keys, values
     return cache
 
 
-def _joined(parts: Sequence[Tensor], repeats: int, room: int) -> Tensor:
-    """Tensors (B_i, heads, length, width) -> (sum of B_i * repeats, heads, length + room, width)"""
-    _, heads, length, width = parts[0].shape
-    joined = parts[0].new_empty(sum(map(len, parts)) * repeats, heads, length + room, width)
-    joined[:, :, length:] = 0  # hidden by the mask, but a NaN there would show through
-    start = 0
-    for part in parts:
-        rows = joined[start : start + len(part) * repeats]
-        rows.unflatten(0, (len(part), repeats))[..., :length, :] = part[:, None]
-        start += len(rows)
-    return joined
+@torch.inference_mode()
+def generate_all(
+    model: nn.Module,
+    language_model: nn.Module,
+    caches: Sequence[Cache],
+    ids: Tensor,
+    mask: Tensor,
+    decodings: dict[str, Decoding],
+    seeds: dict[str, Sequence[int]],
+    eos: int | list[int],
+    pad: int,
+) -> dict[str, list[list[int]]]:
+    """Several decodings of B prompts from one prefill: token ids without EOS, B captions by decoding.
 
-
-def one_query_attention(lm: nn.Module) -> AbstractContextManager[None]:
-    """Attention for a new token a row: on a CPU by plain products, the fused kernel being made for many queries.
-
-    At 64 rows of 270 tokens in bf16 these take a fifth of its time.
+    `caches` hold, part by part of the batch, what `model` keeps of `ids` (B, L) but for the last; they are used up.
+    Decodings with the same number of steps go side by side as rows of one batch: a step reads the weights once for all
+    of them. `seeds` has one for each photo by decoding. On a CPU the `language_model` attends by plain products, since
+    the fused kernel is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time.
     """
-    return attending(lm, "eager" if lm.device.type == "cpu" else lm.config._attn_implementation)
+    groups: dict[tuple, list[str]] = {}
+    for name, decoding in decodings.items():
+        groups.setdefault((decoding.max_new_tokens, name if decoding.num_beams > 1 else None), []).append(name)
+    captions = {}
+    for number, names in enumerate(groups.values(), start=1):
+        count, first = len(names), decodings[names[0]]
+        parts = caches if number == len(groups) else copy.deepcopy(caches)
+        processors = [samplers(decodings[name], seeds[name]) for name in names]
+        with attention(language_model, "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
+            out = model.generate(
+                input_ids=ids.repeat_interleave(count, dim=0),
+                attention_mask=mask.repeat_interleave(count, dim=0),
+                generation_config=generation_config(first, eos, pad),
+                logits_processor=LogitsProcessorList([Interleaved(processors)]),
+                **{CACHE: fixed_cache(parts, count * first.num_beams, first.max_new_tokens)},
+            )
+        new = until_eos(out[:, ids.shape[1] :], eos)  # by position: words of a prompt may come back in a caption
+        captions |= {name: new[place::count] for place, name in enumerate(names)}
+    return {name: captions[name] for name in decodings}

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.config import UserError
-from common.device import weights_hash
+from common.device import module_hash
 from models import packaged
 from models.hub import hub_or_cache, quiet, why
 
@@ -131,7 +131,7 @@ class FrozenEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Hash of all that decides a feature: architecture, settings, transform and every weight."""
-        return weights_hash(repr((self.config, self.transform)), self.net)
+        return module_hash(repr((self.config, self.transform)), self.net)
 
 
 def build_encoder(config: EncoderConfig, load_weights: bool = True) -> FrozenEncoder:

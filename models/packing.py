@@ -28,8 +28,8 @@ class PackedBatch:
     """(B, L) 1, 2, ... by caption, PADDING on padding."""
     supervised: Tensor
     """(N,) where in the flattened rows there is a label."""
-    weights: Tensor
-    """(N,) what each of these labels counts in the loss."""
+    token_weights: Tensor
+    """(N,) weight of each of these labels in the loss."""
 
     def pin_memory(self) -> "PackedBatch":
         return PackedBatch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
@@ -43,11 +43,11 @@ def pack_rows(
     rows: Sequence[Sequence[Sequence[int]]],
     eos: int,
     first: int | None = None,
-    weights: Sequence[Sequence[float]] | None = None,
+    caption_weights: Sequence[Sequence[float]] | None = None,
 ) -> PackedBatch:
-    """Pack each photo's tokenised captions into one row; every caption begins behind `first`, EOS without it.
+    """Pack each photo's tokenised captions into one row; the token `first` (EOS by default) stands before each caption.
 
-    `weights` holds one for each caption; without them all count 1.
+    `caption_weights` has one for each caption; without them each is 1.
 
     >>> rows = pack_rows([[[5, 6, 7], [8]]], eos=0)
     >>> rows.input_ids.tolist(), rows.labels.tolist()
@@ -61,7 +61,7 @@ def pack_rows(
     labels = torch.full((len(rows), length), -100)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
     segments = torch.full((len(rows), length), PADDING)
-    counts = torch.ones(len(rows), length)
+    weights = torch.ones(len(rows), length)
     for b, row in enumerate(rows):
         start = 0
         for number, caption in enumerate(row, start=1):
@@ -70,11 +70,11 @@ def pack_rows(
             labels[b, place] = torch.tensor([*caption, eos])
             positions[b, place] = torch.arange(len(caption) + 1)
             segments[b, place] = number
-            if weights:
-                counts[b, place] = weights[b][number - 1]
+            if caption_weights:
+                weights[b, place] = caption_weights[b][number - 1]
             start = place.stop
     supervised = (labels.flatten() != -100).nonzero()[:, 0]  # found here, since a GPU would have to be waited for
-    return PackedBatch(input_ids, labels, positions, segments, supervised, counts.flatten()[supervised])
+    return PackedBatch(input_ids, labels, positions, segments, supervised, weights.flatten()[supervised])
 
 
 def prefix_mask(segments: Tensor, image_tokens: int, dtype: torch.dtype) -> Tensor:
@@ -103,35 +103,35 @@ def packed_hidden(model: nn.Module, prefix: Tensor, rows: PackedBatch) -> Tensor
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Weighted sum of cross-entropies of `head(hidden)`, in chunks, the gradient formed in the same pass.
+    """Weighted sum of the cross-entropies of `head(hidden)`, in chunks; the gradient is formed in the same pass.
 
-    The full logits (N, vocabulary) in float32 never exist: at GPT-2's vocabulary they would outweigh the model.
+    The full logits (N, vocabulary) in float32 never exist: with GPT-2's vocabulary they would outweigh the model.
     """
 
-    CHUNKS = {"cpu": 256, "cuda": 4096}  # what fits into a CPU's caches; a GPU idles between small ones
+    CHUNKS = {"cpu": 256, "cuda": 4096}  # a chunk fits into a CPU's caches; small ones leave a GPU idle
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, labels: Tensor, counts: Tensor, head: nn.Module, *weights: Tensor) -> Tensor:
-        """(N, D) hidden states, (N,) labels and what each counts; `weights` are the head's that train. -> () float32"""
+    def forward(ctx, hidden: Tensor, labels: Tensor, token_weights: Tensor, head: nn.Module, *parameters: Tensor):
+        """(N, D) states, (N,) labels and (N,) weights -> () float32; `parameters` are those of the head that train."""
         total = torch.zeros((), device=hidden.device)
         needed = any(ctx.needs_input_grad)
-        hidden_grads, weight_grads = [], [torch.zeros_like(weight) for weight in weights]
+        hidden_grads, parameter_grads = [], [torch.zeros_like(parameter) for parameter in parameters]
         size = ChunkedCrossEntropy.CHUNKS.get(hidden.device.type, 256)
-        for states, targets, count in zip(*(x.split(size) for x in (hidden, labels, counts))):
+        for states, targets, weights in zip(hidden.split(size), labels.split(size), token_weights.split(size)):
             with torch.set_grad_enabled(needed):
                 states = states.detach().requires_grad_(needed)
-                loss = F.cross_entropy(head(states).float(), targets, reduction="none") @ count
+                loss = F.cross_entropy(head(states).float(), targets, reduction="none") @ weights
             if needed:
-                states_grad, *grads = torch.autograd.grad(loss, [states, *weights])
+                states_grad, *grads = torch.autograd.grad(loss, [states, *parameters])
                 hidden_grads.append(states_grad)
-                for sum_, grad in zip(weight_grads, grads):
+                for sum_, grad in zip(parameter_grads, grads):
                     sum_ += grad
             total += loss.detach()
         if needed:
-            ctx.save_for_backward(torch.cat(hidden_grads), *weight_grads)
+            ctx.save_for_backward(torch.cat(hidden_grads), *parameter_grads)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        hidden_grad, *weight_grads = ctx.saved_tensors
-        return hidden_grad * grad, None, None, None, *(weight_grad * grad for weight_grad in weight_grads)
+        hidden_grad, *parameter_grads = ctx.saved_tensors
+        return hidden_grad * grad, None, None, None, *(one * grad for one in parameter_grads)

@@ -9,7 +9,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, LRScheduler
 
 from models.captioner import Captioner
-from models.decoder import causal_lm, fuse_gelu, fuse_lora
+from models.decoder import causal_lm, fuse_lora
 
 STAGES = {"align": ("projector",), "finetune": ("projector", "lora")}  # what each stage trains
 
@@ -69,23 +69,18 @@ def set_trainable(captioner: Captioner, stage: str, lr: float) -> list[torch.nn.
     return trainable
 
 
-def prepare_training(captioner: Captioner, dtype: torch.dtype, device: torch.device) -> None:
-    """Make a training step cheap: frozen weights in `dtype`, adapters and GELU fused, `device`'s fastest attention."""
+def prepare_training(captioner: Captioner, dtype: torch.dtype, device: torch.device) -> str:
+    """Make a training step cheap: frozen weights in `dtype`, fused LoRA, the attention that is fastest on `device`.
+
+    Returns transformers' name of that attention.
+    """
     for _, parameter in parts_of(captioner)["decoder"]:  # in 16 bits once, not cast anew at each step
         parameter.data = parameter.data.to(dtype)
     fuse_lora(captioner.decoder)
-    fuse_gelu(captioner.decoder)
-    # the backward of sdpa under a mask is several times slower than attention written out, on a CPU
-    causal_lm(captioner.decoder).set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
-
-
-def compile_layers(captioner: Captioner) -> None:
-    """Compile the decoder's layers, once for all of them and for rows of any length."""
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # a layer knows its number: no reason for a new one
-    lm = causal_lm(captioner.decoder)
-    for module in lm.modules():
-        if type(module).__name__ in lm._no_split_modules:  # transformers' word for its layers
-            module.compile(dynamic=True)
+    # on a CPU the backward pass of sdpa under a mask is several times slower than attention written out
+    implementation = "eager" if device.type == "cpu" else "sdpa"
+    causal_lm(captioner.decoder).set_attn_implementation(implementation)
+    return implementation
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], stage: Stage) -> torch.optim.Optimizer:

@@ -1,29 +1,23 @@
-"""LLaVA: zero-shot captions of photos, several decodings for one look at them (Liu et al. 2023, arXiv 2310.03744).
+"""Vision-language models of transformers: zero-shot captions, several decodings from one prefill, attention records.
 
-The photos are encoded and the prompt prefilled once; all decodings go on from the cache of keys and values, side by
-side as rows of one batch, so that each step reads the weights once for all of them.
+LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744) is the one of the published report. The photos are encoded and the prompt
+is prefilled once; all decodings and all captions that are looked into go on from that cache of keys and values.
 """
 
-import copy
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from transformers import LogitsProcessorList
 
 from common.config import UserError
-from models.decoding import Decoding, InTurn, generation_config, one_query_attention, samplers, until_eos, with_room
+from data.photos import LoadedPhoto
+from models.attention import AttentionRecord, randomize, read_records, record_attention
+from models.decoding import CACHE, Decoding, generate_all, prefill
+from models.encoder import PatchGrid, PhotoTransform
 from models.hub import hub_or_cache, means_folder, quiet, why
-
-# Published settings of the three decodings.
-PRESETS = {
-    "best": Decoding(),
-    "moderate": Decoding(do_sample=True, temperature=0.7, top_p=0.9, top_k=50),
-    "diverse": Decoding(do_sample=True, temperature=0.9, top_p=0.95, top_k=100),
-}
 
 # What LLaVA-1.5 was asked for captions in training (Liu et al. 2023).
 PROMPT = "Provide a one-sentence caption for the provided image."
@@ -37,84 +31,111 @@ def chat_prompt(processor, prompt: str) -> str:
     return processor.apply_chat_template([turn], add_generation_prompt=True)
 
 
-class Llava(nn.Module):
-    """An image-text-to-text model of transformers with its processor and one prompt for all photos."""
+class VisionLanguageModel(nn.Module):
+    """A `models.interface.CaptionModel`: a model of transformers, its processor, and one prompt for all photos."""
 
     def __init__(self, model: nn.Module, processor, prompt: str):
         super().__init__()
-        self.model, self.processor = model.eval(), processor
-        processor.tokenizer.padding_side = "left"  # generation goes on at the right end of each row
+        self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
+        self.tokenizer.padding_side = "left"  # generation goes on at the right end of each row
         self.prompt = chat_prompt(processor, prompt)
-
-    def inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """B photos -> input_ids and attention_mask (B, L), pixel_values and what else the model reads."""
-        inputs = self.processor(
-            images=list(images), text=[self.prompt] * len(images), padding=True, return_tensors="pt"
-        )
-        return inputs.to(self.model.device, self.model.dtype)
 
     @property
     def eos(self) -> int | list[int]:
         """The token, or tokens, that end a caption."""
         eos = self.model.generation_config.eos_token_id
-        return self.processor.tokenizer.eos_token_id if eos is None else eos
+        return self.tokenizer.eos_token_id if eos is None else eos
+
+    def inputs(self, photos: Sequence[LoadedPhoto]) -> dict[str, Tensor]:
+        """B photos -> input_ids and attention_mask (B, L), pixel_values and what else the model reads."""
+        images = [photo.image for photo in photos]
+        inputs = self.processor(images=images, text=[self.prompt] * len(images), padding=True, return_tensors="pt")
+        return dict(inputs.to(self.model.device, self.model.dtype))
+
+    def _prefill(self, inputs: dict[str, Tensor]):
+        """Cache and final states of all but the prompt's last token: captions begin with that one."""
+        short, mask = dict(inputs), inputs["attention_mask"]
+        for name, value in inputs.items():  # ids, mask and token types, but no pixels
+            if value.shape == mask.shape:
+                short[name] = value[:, :-1]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1]  # padding on the left takes no position
+        return prefill(self.model.model, **short, position_ids=positions)
+
+    @torch.inference_mode()
+    def generate(
+        self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
+    ) -> dict[str, list[list[int]]]:
+        """Token ids of B captions for each decoding; see `models.interface`."""
+        inputs = self.inputs(photos)
+        cache, _ = self._prefill(inputs)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        language_model, pad = self.model.model.language_model, self.tokenizer.pad_token_id
+        return generate_all(self.model, language_model, [cache], ids, mask, decodings, seeds, self.eos, pad)
+
+    @torch.inference_mode()
+    def attend(
+        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]]
+    ) -> list[list[AttentionRecord]]:
+        """What each token of each of a photo's captions attended to, the closing EOS last."""
+        inputs = self.inputs(photos)
+        cache, states = self._prefill(inputs)
+        image = inputs["input_ids"][:, :-1] == self.model.config.image_token_id
+        columns = image.nonzero()[:, 1].view(len(photos), -1)  # (B, P)
+        patches = states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
+        owner = torch.tensor([b for b, own in enumerate(captions) for _ in own], device=columns.device)
+        cache.batch_select_indices(owner)  # each caption goes on from its own photo's prompt
+        flat = [list(caption) for own in captions for caption in own]
+        longest, pad = max(map(len, flat)), self.tokenizer.pad_token_id
+        ids = torch.tensor([caption + [pad] * (longest - len(caption)) for caption in flat], device=owner.device)
+        real = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in flat], device=owner.device)
+        ids = torch.cat([inputs["input_ids"][owner, -1:], ids.view(len(flat), longest).long()], dim=1)
+        mask = inputs["attention_mask"][owner]
+        mask = torch.cat([mask, real.view(len(flat), longest).to(mask.dtype)], dim=1)
+        positions = (mask.cumsum(dim=1) - 1)[:, -ids.shape[1] :]
+        rows = torch.arange(ids.shape[1], device=owner.device).expand(len(flat), -1)
+        model = self.model.model
+        with record_attention(model.language_model, rows, columns[owner]) as recorder:
+            states = model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: cache}
+            ).last_hidden_state
+        closed = [[[*caption, self.tokenizer.eos_token_id]] for caption in flat]
+        head = self.model.get_output_embeddings()
+        records = iter(read_records(recorder, states, patches[owner], head, closed))
+        return [[next(records)[0] for _ in own] for own in captions]
+
+    @cached_property
+    def _square(self) -> tuple[int, PhotoTransform]:
+        """Patches a side, and how the processor crops a photo."""
+        config, processor = self.model.config, self.processor.image_processor
+        size, crop = getattr(processor, "size", None) or {}, getattr(processor, "crop_size", None) or {}
+        crops = getattr(processor, "do_center_crop", False) and "shortest_edge" in size and "height" in crop
+        if config.model_type != "llava" or not crops or config.vision_feature_select_strategy != "default":
+            raise UserError(
+                "model: expected a LLaVA that crops photos to one square, so that its patches can be placed; this is "
+                f"{config.model_type}"
+            )
+        side = crop["height"] // config.vision_config.patch_size
+        return side, PhotoTransform(crop["height"], size["shortest_edge"], (), (), "")
+
+    def patch_grid(self, width: int, height: int) -> PatchGrid:
+        """Where the patches lie on a photo of `width` x `height` pixels. Raises UserError where that is not known."""
+        side, transform = self._square
+        return PatchGrid(side, side, transform.seen_box(width, height))
 
     def text(self, ids: Sequence[int]) -> str:
         """Token ids -> caption, white space collapsed."""
         return " ".join(self.processor.decode(ids, skip_special_tokens=True).split())
 
-    def caption(
-        self, images: Sequence[Image.Image], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
-    ) -> dict[str, list[str]]:
-        """The captions of `generate` as text."""
-        return {
-            name: [self.text(ids) for ids in captions]
-            for name, captions in self.generate(images, decodings, seeds).items()
-        }
+    def ids(self, text: str) -> list[int]:
+        """Caption -> token ids; what is written like a special token stays text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
-    @torch.inference_mode()
-    def generate(
-        self, images: Sequence[Image.Image], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
-    ) -> dict[str, list[list[int]]]:
-        """B photos -> token ids of B captions, without EOS, for each decoding's name, drawn by `seeds[name]`."""
-        inputs = self.inputs(images)
-        cache = self._prefill(inputs)
-        together: dict[tuple, list[str]] = {}  # decodings that take the same steps go as rows of one batch
-        for name, decoding in decodings.items():
-            alone = name if decoding.num_beams > 1 else ""
-            together.setdefault((decoding.max_new_tokens, alone), []).append(name)
-        captions = {}
-        for number, names in enumerate(together.values(), start=1):
-            own = cache if number == len(together) else copy.deepcopy(cache)
-            captions |= self._decode(inputs, own, {name: (decodings[name], seeds[name]) for name in names})
-        return {name: captions[name] for name in decodings}
+    def check_room(self, text_tokens: int, key: str) -> None:
+        """The positions of these models reach further than a caption."""
 
-    def _decode(
-        self, inputs: dict[str, Tensor], cache, chosen: dict[str, tuple[Decoding, Sequence[int]]]
-    ) -> dict[str, list[list[int]]]:
-        """Go on from the prompt's `cache`, which is used up, with every photo once for each of the decodings."""
-        ids, mask, count = inputs["input_ids"], inputs["attention_mask"], len(chosen)
-        first, *_ = (decoding for decoding, _ in chosen.values())
-        with one_query_attention(self.model.model.language_model):
-            out = self.model.generate(
-                input_ids=ids.repeat_interleave(count, dim=0),
-                attention_mask=mask.repeat_interleave(count, dim=0),
-                cache=with_room([cache], count * first.num_beams, first.max_new_tokens),
-                generation_config=generation_config(first, self.eos, self.processor.tokenizer.pad_token_id),
-                logits_processor=LogitsProcessorList([InTurn([samplers(*one) for one in chosen.values()])]),
-            )
-        new = until_eos(out[:, ids.shape[1] :], self.eos)  # by position: a prompt's text may come back in a caption
-        return {name: new[place::count] for place, name in enumerate(chosen)}
-
-    def _prefill(self, inputs: dict[str, Tensor]):
-        """The cache of keys and values of all but the prompt's last token, by which each decoding begins."""
-        short = dict(inputs)
-        mask = short["attention_mask"]
-        for name, value in inputs.items():  # ids, mask and token types, but no pixels
-            if value.shape == mask.shape:
-                short[name] = value[:, :-1]
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1]  # left padding takes no place
-        return self.model(**short, position_ids=positions, use_cache=True, logits_to_keep=1).cache
+    def randomize(self) -> None:
+        """Draw all weights anew."""
+        randomize(self.model)
 
 
 def check_model(model: str) -> list[str]:
@@ -136,8 +157,10 @@ def check_quantize(quantize: Quantize, device: torch.device) -> None:
         raise UserError(f"quantize: {quantize} needs bitsandbytes, which is not installed; pip install bitsandbytes")
 
 
-def load_llava(model: str, prompt: str, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none") -> Llava:
-    """Load a hub id or a local folder onto `device`. Raises UserError where it is not to be had."""
+def load_vlm(
+    model: str, prompt: str, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none"
+) -> VisionLanguageModel:
+    """Load a hub id or a local folder onto `device`. Raises UserError where it cannot be loaded."""
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
     options = {}
@@ -157,4 +180,4 @@ def load_llava(model: str, prompt: str, device: torch.device, dtype: torch.dtype
         raise UserError(f"model: could not load {model}: {why(error, hub or local)}") from error
     if getattr(processor, "chat_template", None) is None:
         raise UserError(f"model: the processor of {model} has no chat template to put the prompt into")
-    return Llava(lm, processor, prompt)
+    return VisionLanguageModel(lm, processor, prompt)

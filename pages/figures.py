@@ -1,4 +1,4 @@
-"""Figures that scripts leave beside their results."""
+"""Figures that scripts write beside their results."""
 
 from pathlib import Path
 

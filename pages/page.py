@@ -1,9 +1,10 @@
-"""One self-contained HTML file: shell, style, script and data in it, nothing from the network."""
+"""One self-contained HTML file: template, style, script and data are in it, and nothing comes from the network."""
 
 import base64
 import html
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,23 @@ HERE = Path(__file__).parent
 
 
 def write_page(file: Path, name: str, title: str, data: dict[str, Any]) -> None:
-    """Write the page `pages/NAME.css` and `pages/NAME.js` with `data`, which the script reads as `data`."""
-    # no text in the JSON can end the script element that holds it
-    safe = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    page = (HERE / "page.html").read_text(encoding="utf-8")
-    for key, value in (
-        ("style", (HERE / f"{name}.css").read_text(encoding="utf-8")),
-        ("script", (HERE / f"{name}.js").read_text(encoding="utf-8")),
-        ("title", html.escape(title)),
-        ("data", safe),  # last: what stands in it is filled in no more
-    ):
-        page = page.replace("{{" + key + "}}", value)
+    """Fill page.html with `pages/NAME.css`, `pages/NAME.js` and `data`, which the script reads as `data`."""
+    parts = {
+        "title": html.escape(title),
+        "style": (HERE / f"{name}.css").read_text(encoding="utf-8"),
+        "script": (HERE / f"{name}.js").read_text(encoding="utf-8"),
+        # without "<" no text in the JSON can end the script element around it
+        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    template = (HERE / "page.html").read_text(encoding="utf-8")
+    # all places are filled in one pass, so that {{data}} in a caption stays as it is
+    page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
     with written_whole(file) as part:
         part.write_text(page, encoding="utf-8")
 
 
-def read_page(file: Path) -> dict[str, Any]:
-    """The data of a page that `write_page` wrote."""
-    _, _, rest = file.read_text(encoding="utf-8").partition('<script type="application/json" id="data">')
-    return json.loads(rest.partition("</script>")[0])
-
-
 def data_uri(image: Image.Image, format: str = "JPEG", **options: Any) -> str:
-    """An image as the address of itself."""
+    """An image as a data URI, which an <img> of a page can show."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,52 +1,50 @@
-"""The page of evaluate.py: every photo with its captions, references and scores, sortable."""
+"""The page of evaluate.py: every photo with its captions, references and scores; a click on a column sorts by it."""
 
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from data.evaluation import Predicted
-from data.photos import BadPhoto, Photo, load_photos
+from data.evaluation import Inputs
+from data.photos import BadPhoto, Photo, open_photo
 from pages.page import data_uri, write_page
 
 THUMBNAIL = 112  # px
 
 
-def _thumbnails(photos: Sequence[Photo]) -> dict[str, str]:
-    thumbnails = {}
-    for photo, image in load_photos([photo for photo in photos if photo.path is not None]):
-        if not isinstance(image, BadPhoto):
-            image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR, reducing_gap=2.0)
-            thumbnails[photo.stem] = data_uri(image, quality=70)
-    return thumbnails
+def _thumbnail(photo: Photo) -> str | None:
+    if photo.path is None:
+        return None
+    try:
+        image = open_photo(photo.path)
+    except BadPhoto:
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return data_uri(image, quality=70)
 
 
-def write_scores_page(
-    file: Path,
-    photos: Sequence[Photo],
-    references: dict[str, list[str]],
-    runs: Sequence[Predicted],
-    results: Sequence[dict[str, Any]],
-    columns: dict[str, str],
-) -> None:
-    """Write the page; `results` are the runs' objects as in scores.json, `columns` {metric: label} are shown."""
-    thumbnails = _thumbnails(photos)
-    rows = [
-        {
-            "stem": photo.stem,
-            "thumbnail": thumbnails.get(photo.stem),
-            "captions": [run.captions[photo.stem] for run in runs],
-            "references": references[photo.stem],
-            "scores": [[result["photos"][photo.stem].get(metric) for metric in columns] for result in results],
-        }
-        for photo in photos
-    ]
+def write_scores_page(file: Path, inputs: Inputs, results: list[dict[str, Any]], labels: dict[str, str]) -> None:
+    """Write the page; `results` are the runs' objects of scores.json, `labels` names their metrics."""
+    metrics = list(results[0]["scored"])
+    with ThreadPoolExecutor(2) as pool:
+        thumbnails = pool.map(_thumbnail, inputs.photos)
+        rows = [
+            {
+                "stem": photo.stem,
+                "thumbnail": thumbnail,
+                "captions": [run.captions[photo.stem] for run in inputs.runs],
+                "references": inputs.references[photo.stem],
+                "scores": [[result["photos"][photo.stem][metric] for metric in metrics] for result in results],
+            }
+            for photo, thumbnail in zip(inputs.photos, thumbnails)
+        ]
+    names = [run.name for run in inputs.runs]
     data = {
-        "runs": [run.name for run in runs],
-        "columns": list(columns.values()),
-        "corpus": [[result["corpus"][metric] for metric in columns] for result in results],
+        "runs": names,
+        "columns": [labels.get(metric, metric) for metric in metrics],
+        "corpus": [[result["corpus"][metric] for metric in metrics] for result in results],
         "idf": results[0]["idf"],
         "photos": rows,
     }
-    write_page(file, "scores", "Scores of " + ", ".join(run.name for run in runs), data)
+    write_page(file, "scores", "Scores of " + ", ".join(names), data)

@@ -133,6 +133,32 @@ def captioner_config(clip_folder, decoders) -> Callable[..., CaptionerConfig]:
     return config
 
 
+@pytest.fixture(scope="session")
+def as_photos() -> Callable[[list[Image.Image]], list]:
+    """Images in memory as a script gets its decoded photos."""
+    from data.photos import LoadedPhoto, Photo
+
+    def load(images: list[Image.Image]) -> list[LoadedPhoto]:
+        names = [f"photo{number}" for number in range(len(images))]
+        return [
+            LoadedPhoto(Photo(name, None), image, f"{name} {hash(image.tobytes())}")
+            for name, image in zip(names, images)
+        ]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def caption() -> Callable[..., list[str]]:
+    """`caption(captioner, features, decoding, seeds)`: captions of (B, P, D_image) features as text."""
+
+    def write(captioner: Captioner, features: torch.Tensor, decoding, seeds=()) -> list[str]:
+        captions = captioner.generate_from(features, {"caption": decoding}, {"caption": seeds})["caption"]
+        return [captioner.text(ids) for ids in captions]
+
+    return write
+
+
 @pytest.fixture
 def make_captioner(captioner_config) -> Callable[..., Captioner]:
     """`make_captioner("gpt2" or "llama", ...)`: as after training, with adapters that change something."""

@@ -1,58 +1,69 @@
-"""The probe against eager attention with `output_attentions`, and its maps, words and grounding scores."""
+"""Attention records against eager attention with `output_attentions`, and their maps, words and grounding scores."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from common.config import UserError
 from metrics import grounding
 from metrics.grounding import GroundingTable, Named, auroc, cover_on_grid, find_named, ground
 from metrics.statistics import interval
-from models.attention import CaptionerEye, LlavaEye, look_captioner, look_llava, probing
+from models.attention import AttentionRecord, record_attention
 from models.attribution import METHODS, against_others, joined, smoothed, split_units
 from models.decoder import causal_lm
 from models.decoding import Decoding
-from models.vlm import PROMPT, load_llava
+from models.vlm import PROMPT, load_vlm
 
 IDS = [[5, 9, 13, 7, 11], [14], [8, 8, 12]]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["ours", "vlm"])
+def model(request, make_captioner, llava_folder):
+    """Either kind of model, ready for inference."""
+    if request.param == "ours":
+        return make_captioner("gpt2").ready(CPU, torch.float32)
+    return load_vlm(str(llava_folder), PROMPT, CPU, torch.float32)
 
 
 @pytest.fixture(params=["gpt2", "llama"])
 def seen(request, make_captioner):
-    """A captioner with LoRA, the features of three photos, and the looks of three captions of different lengths."""
+    """A captioner with LoRA, the features of three photos, and the records of three captions of different lengths."""
     captioner = make_captioner(request.param).eval()
     torch.manual_seed(0)
     features = torch.randn(3, captioner.encoder.tokens, captioner.encoder.width)
-    return captioner, features, look_captioner(captioner, features, IDS)
+    captioner.features = lambda photos: features[list(photos)]
+    return captioner, features, [record for (record,) in captioner.attend(range(3), [[ids] for ids in IDS])]
 
 
 @torch.no_grad()
-def test_our_captioner_is_probed_as_eager_attention_sees_it(seen):
-    captioner, features, looks = seen
+def test_records_of_our_captioner_are_what_eager_attention_sees(seen):
+    captioner, features, records = seen
     lm, eos = causal_lm(captioner.decoder), captioner.tokenizer.eos_token_id
-    assert lm.config._attn_implementation != "probe"
+    assert lm.config._attn_implementation == "sdpa"
     lm.set_attn_implementation("eager")
     patches = captioner.encoder.tokens - 1  # the class token is no patch
-    for one, ids, look in zip(features, IDS, looks):
+    for one, ids, record in zip(features, IDS, records):
         image = captioner.prefix(one[None])
         words = lm.get_input_embeddings()(torch.tensor([[eos, *ids]]))
         out = lm(inputs_embeds=torch.cat([image, words], dim=1), output_attentions=True, output_hidden_states=True)
         attention = torch.stack(out.attentions)[:, 0, :, image.shape[1] :, 1 : 1 + patches]  # (L, H, T, P)
-        assert attention.shape[2:] == (len(ids) + 1, patches) and look.ids == [*ids, eos]
-        np.testing.assert_allclose(look.mean, attention.mean(dim=1), atol=1e-5)
-        np.testing.assert_allclose(look.peak, attention[-2:].amax(dim=1), atol=1e-5)
-        chances = out.logits[0, image.shape[1] :].softmax(dim=-1)[range(len(look.ids)), look.ids]
-        np.testing.assert_allclose(look.probabilities, chances, atol=1e-5)
-        lens = lm.get_output_embeddings()(out.hidden_states[-1])[0, 1 : 1 + patches][:, look.ids].T
-        np.testing.assert_allclose(look.lens, lens, atol=1e-4)
+        assert attention.shape[2:] == (len(ids) + 1, patches) and record.ids == [*ids, eos]
+        np.testing.assert_allclose(record.mean, attention.mean(dim=1), atol=1e-5)
+        np.testing.assert_allclose(record.peak, attention[-2:].amax(dim=1), atol=1e-5)
+        chances = out.logits[0, image.shape[1] :].softmax(dim=-1)[range(len(record.ids)), record.ids]
+        np.testing.assert_allclose(record.probabilities, chances, atol=1e-5)
+        lens = lm.get_output_embeddings()(out.hidden_states[-1])[0, 1 : 1 + patches][:, record.ids].T
+        np.testing.assert_allclose(record.lens, lens, atol=1e-4)
 
 
 @torch.no_grad()
 def test_it_sees_what_generation_saw(seen):
     captioner, features, _ = seen
     lm = causal_lm(captioner.decoder)
-    (ids,) = captioner.generate(features[:1], Decoding(max_new_tokens=6))
-    look = look_captioner(captioner, features[:1], [ids])[0]
+    (ids,) = captioner.generate([0], {"caption": Decoding(max_new_tokens=6)}, {"caption": ()})["caption"]
+    ((record,),) = captioner.attend([0], [[ids]])
     lm.set_attn_implementation("eager")
     image = captioner.prefix(features[:1])
     first = lm.get_input_embeddings()(torch.tensor([[captioner.tokenizer.eos_token_id]]))
@@ -61,21 +72,21 @@ def test_it_sees_what_generation_saw(seen):
         return_dict_in_generate=True, pad_token_id=captioner.tokenizer.eos_token_id,
         attention_mask=torch.ones(1, image.shape[1] + 1, dtype=torch.long),
     )  # fmt: skip
-    for place, step in enumerate(out.attentions[: len(look.ids)]):
+    for place, step in enumerate(out.attentions[: len(record.ids)]):
         own = torch.stack(step)[:, 0, :, -1, 1 : image.shape[1]].mean(dim=1)  # (L, P)
-        np.testing.assert_allclose(look.mean[:, place], own, atol=1e-5)
+        np.testing.assert_allclose(record.mean[:, place], own, atol=1e-5)
 
 
 @torch.no_grad()
-def test_llava_is_probed_as_eager_attention_sees_it(llava_folder):
-    llava = load_llava(str(llava_folder), PROMPT, torch.device("cpu"), torch.float32)
+def test_records_of_llava_are_what_eager_attention_sees(llava_folder, as_photos):
+    llava = load_vlm(str(llava_folder), PROMPT, CPU, torch.float32)
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)) for _ in IDS]
-    looks = look_llava(llava, images, IDS)
+    photos = as_photos([Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)) for _ in IDS])
+    records = [record for (record,) in llava.attend(photos, [[ids] for ids in IDS])]
     assert llava.model.config.text_config._attn_implementation == "sdpa"
     llava.model.set_attn_implementation("eager")
-    for image, ids, look in zip(images, IDS, looks):
-        inputs = llava.inputs([image])
+    for photo, ids, record in zip(photos, IDS, records):
+        inputs = llava.inputs([photo])
         length = inputs["input_ids"].shape[1]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -83,9 +94,9 @@ def test_llava_is_probed_as_eager_attention_sees_it(llava_folder):
         columns = (inputs["input_ids"][0] == llava.model.config.image_token_id).nonzero()[:, 0]
         attention = torch.stack(out.attentions)[:, 0, :, length - 1 :][..., columns]
         assert attention.shape[2:] == (len(ids) + 1, 576)
-        np.testing.assert_allclose(look.mean, attention.mean(dim=1), atol=1e-5)
-        chances = out.logits[0, length - 1 :].softmax(dim=-1)[range(len(look.ids)), look.ids]
-        np.testing.assert_allclose(look.probabilities, chances, atol=1e-5)
+        np.testing.assert_allclose(record.mean, attention.mean(dim=1), atol=1e-5)
+        chances = out.logits[0, length - 1 :].softmax(dim=-1)[range(len(record.ids)), record.ids]
+        np.testing.assert_allclose(record.probabilities, chances, atol=1e-5)
 
 
 @torch.no_grad()
@@ -99,7 +110,7 @@ def test_left_padding_and_no_mass_on_the_future():
     mask[1, :4] = 0
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     rows, every = torch.tensor([[5, 8], [6, 7]]), torch.arange(9).expand(2, -1)
-    with probing(lm, rows, every) as recorder:
+    with record_attention(lm, rows, every) as recorder:
         lm(input_ids=ids, attention_mask=mask, position_ids=positions)
     lm.set_attn_implementation("eager")
     out = lm(input_ids=ids, attention_mask=mask, position_ids=positions, output_attentions=True)
@@ -113,55 +124,75 @@ def test_left_padding_and_no_mass_on_the_future():
 
 def test_attention_that_passes_by_is_an_error_and_the_model_is_left_as_it_was(make_captioner, monkeypatch):
     lm = causal_lm(make_captioner("llama").decoder)
-    with pytest.raises(ZeroDivisionError), probing(lm, torch.zeros(1, 1).long(), torch.zeros(1, 1).long()):
-        assert lm.config._attn_implementation == "probe"
+    with pytest.raises(ZeroDivisionError), record_attention(lm, torch.zeros(1, 1).long(), torch.zeros(1, 1).long()):
+        assert lm.config._attn_implementation == "recorded_sdpa"
         raise ZeroDivisionError
     assert lm.config._attn_implementation == "sdpa"
     monkeypatch.setattr(type(lm), "set_attn_implementation", lambda *_: None)  # sdpa runs on, and returns no attention
-    with pytest.raises(RuntimeError, match="cannot be probed"):
-        with probing(lm, torch.zeros(1, 1).long(), torch.zeros(1, 1).long()):
+    with pytest.raises(UserError, match="cannot be recorded"):
+        with record_attention(lm, torch.zeros(1, 1).long(), torch.zeros(1, 1).long()):
             assert lm(input_ids=torch.tensor([[1]]), output_attentions=True).logits is not None
 
 
-def test_random_weights_have_forgotten(make_captioner, llava_folder):
-    for eye in (
-        CaptionerEye(make_captioner("gpt2").merge()),
-        LlavaEye(load_llava(str(llava_folder), PROMPT, torch.device("cpu"), torch.float32)),
-    ):
-        image = [Image.effect_noise((64, 48), 80).convert("RGB")]
-        before = eye.look([None], image, [[6, 7]])[0]
-        eye.randomize()
-        after = eye.look([None], image, [[6, 7]])[0]
-        assert np.isfinite(after.mean).all() and np.abs(after.lens - before.lens).max() > 0.01
+def test_several_captions_of_a_photo_are_as_each_alone_and_encoded_once(model, as_photos, monkeypatch):
+    photos = as_photos([Image.effect_noise((64, 48), 80).convert("RGB") for _ in range(2)])
+    tower = model.encoder.net if hasattr(model, "encoder") else model.model.model.vision_tower
+    encoded = []
+    tower.register_forward_pre_hook(lambda _, args, kwargs: encoded.append(1), with_kwargs=True)
+    encode = type(model.encoder).forward if hasattr(model, "encoder") else None
+    if encode:  # its network is not called as a module
+        monkeypatch.setattr(type(model.encoder), "forward", lambda *args: encoded.append(1) or encode(*args))
+    together = model.attend(photos, [IDS, IDS[1:]])
+    assert len(encoded) == 1 and [len(records) for records in together] == [3, 2]
+    for photo, records, captions in zip(photos, together, [IDS, IDS[1:]]):
+        for record, ids in zip(records, captions):
+            ((alone,),) = model.attend([photo], [[ids]])
+            for name in ("mean", "peak", "probabilities"):
+                np.testing.assert_allclose(getattr(record, name), getattr(alone, name), atol=1e-5)
+            np.testing.assert_allclose(record.lens, alone.lens, atol=1e-4)
+            assert record.ids == alone.ids
+
+
+def test_random_weights_have_learnt_nothing(model, as_photos):
+    photos = as_photos([Image.effect_noise((64, 48), 80).convert("RGB")])
+    ((before,),) = model.attend(photos, [[[6, 7]]])
+    model.randomize()
+    ((after,),) = model.attend(photos, [[[6, 7]]])
+    assert np.isfinite(after.mean).all() and np.abs(after.lens - before.lens).max() > 0.01
 
 
 # ------------------------------------------------------------------------------------------- words and maps
 
 
-def test_words_are_joined_and_tokens_are_not(make_captioner, llava_folder):
-    for eye in (
-        CaptionerEye(make_captioner("gpt2").merge()),
-        LlavaEye(load_llava(str(llava_folder), PROMPT, torch.device("cpu"), torch.float32)),
-    ):
-        text = "a red unheard-of box, a box . it's"
-        ids = eye.ids(text)
-        look = eye.look([None], [Image.new("RGB", (64, 64))], [ids])[0]
-        words = split_units(look, eye.tokenizer)
-        assert [word.text for word in words] == ["a", "red", "unheard", "-of", "box", ",", "a", "box", ".", "it's"]
-        assert sorted(place for word in words for place in word.tokens) == list(range(len(ids)))
-        assert words[2].probability == pytest.approx(np.prod(look.probabilities[list(words[2].tokens)]))
-        assert all(0 < word.image_mass <= 1 for word in words)
-        tokens = split_units(look, eye.tokenizer, "token")
-        assert len(tokens) == len(ids) + 1 and tokens[-1].tokens == (len(ids),)  # the closing end token is drawn
-        grid = (int(look.mean.shape[2] ** 0.5),) * 2
-        for method in METHODS.values():
-            maps = method(look, words, grid)
-            assert maps.shape == (len(words), look.mean.shape[2]) and np.isfinite(maps).all()
-            alone = method(look, words[:1], grid)
-            assert np.isfinite(alone).all()
-        (pieces,) = [list(word.tokens) for word in words if word.text == "unheard"]
-        assert len(pieces) > 1
-        assert np.array_equal(joined(look.mean, words)[:, 2], look.mean[:, pieces].max(axis=1))
+def test_words_are_joined_and_tokens_are_not(model, as_photos):
+    text = "a red unheard-of box, a box . it's"
+    ids = model.ids(text)
+    ((record,),) = model.attend(as_photos([Image.new("RGB", (64, 64))]), [[ids]])
+    words = split_units(record, model.tokenizer)
+    assert [word.text for word in words] == ["a", "red", "unheard", "-of", "box", ",", "a", "box", ".", "it's"]
+    assert sorted(place for word in words for place in word.tokens) == list(range(len(ids)))
+    assert words[2].probability == pytest.approx(np.prod(record.probabilities[list(words[2].tokens)]))
+    assert all(0 < word.image_mass <= 1 for word in words)
+    tokens = split_units(record, model.tokenizer, "token")
+    assert len(tokens) == len(ids) + 1 and tokens[-1].tokens == (len(ids),)  # the closing end token is drawn
+    grid = (int(record.mean.shape[2] ** 0.5),) * 2
+    for method in METHODS.values():
+        maps = method(record, words, grid)
+        assert maps.shape == (len(words), record.mean.shape[2]) and np.isfinite(maps).all()
+        alone = method(record, words[:1], grid)
+        assert np.isfinite(alone).all()
+    (pieces,) = [list(word.tokens) for word in words if word.text == "unheard"]
+    assert len(pieces) > 1
+    assert np.array_equal(joined(record.mean, words)[:, 2], record.mean[:, pieces].max(axis=1))
+
+
+def test_an_id_that_the_tokenizer_does_not_have_is_a_word_without_text(model, as_photos):
+    """Models often have more ids than their tokenizers, as room for more."""
+    ids = [*model.ids("a red box"), len(model.tokenizer) + 1]
+    record = AttentionRecord(
+        ids, np.ones(len(ids)), np.ones((2, len(ids), 4)), np.ones((2, len(ids), 4)), np.ones((1, 4))
+    )
+    assert [unit.text for unit in split_units(record, model.tokenizer)] == ["a", "red", "box"]
 
 
 def test_a_sink_hides_nothing_from_rel():

@@ -1,5 +1,6 @@
 """The command line: what it reads, and the one line with which it answers each kind of mistake."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,15 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from common.config import UserError, check, field_types, parse_config
 from common.device import pick_device
-from common.files import MetricsLog, check_output, written_whole
+from common.files import (
+    JsonLines,
+    check_output,
+    folder_written_whole,
+    kept_folder,
+    remove_folder,
+    restore_folder,
+    written_whole,
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,29 @@ def test_file_of_settings_and_flags_after_it(tmp_path):
     assert (cfg.count, cfg.rate, cfg.names, cfg.part) == (6, 3e-4, ["a", "b"], Part(8, "two"))
 
 
+def test_a_file_for_a_group_of_settings(tmp_path):
+    (tmp_path / "part.yaml").write_text("rank: 8\n")
+    assert parse("--part", str(tmp_path / "part.yaml"), "--part.kind", "two").part == Part(8, "two")
+
+
+def test_settings_are_printed(capsys):
+    with pytest.raises(SystemExit):
+        parse("--names", "a", "b", "--overwrite", "--limit", "null", "--print_config")
+    assert "names:\n- a\n- b\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "Where to write." in capsys.readouterr().out
+
+
+def test_lists_of_choices_are_named_in_words():
+    @dataclass(frozen=True)
+    class Chosen:
+        metrics: list[Literal["cider", "bleu"]] = field(default_factory=list)
+
+    with pytest.raises(UserError, match="^metrics: expected list.one of cider, bleu., got "):
+        parse_config(Chosen, ["--metrics", "spice"])
+
+
 def test_numbers_are_plain():
     cfg = parse("--rate", "3e-4", "--count", "6", "--layers", "1", "2", "--part.rank", "8")
     assert {type(number) for number in (cfg.count, *cfg.layers, cfg.part.rank)} == {int} and type(cfg.rate) is float
@@ -120,24 +152,25 @@ def test_mistakes(args, message):
     ("layers: [a]", "layers: expected list[int] or null, got \"['a']\""),
     ("names: 3", "names: expected list[str], got '3'"),
     ("part: {kind: three}", "part.kind: expected one of one, two, got 'three'"),
-    ("part: {rank: [1]}", "part.rank: expected PositiveInt, got 'list'"),
-    ("part: 3", "config: a group of settings must be a mapping of keys to values"),
-    ("- a", "config: expected YAML lines of `key: value`, got - a"),
-    ("", "config: expected YAML lines of `key: value`, got none"),
+    ("part: {rank: [1]}", "part.rank: expected PositiveInt, got '[1]'"),
+    ("part: 3", "part: expected a mapping of keys to values, got 3"),
+    ("part: {rank: 8, rnk: 3}", "part.rnk: unknown setting; did you mean part.rank?"),
+    ("- a", "config: FILE: expected YAML lines of `key: value`, got ['a']"),
+    ("", "config: FILE: expected YAML lines of `key: value`, got None"),
 ])  # fmt: skip
 def test_mistakes_in_a_file(tmp_path, text, message):
     file = tmp_path / "settings.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as error:
         parse("--config", str(file))
-    assert str(error.value) == message
+    assert str(error.value).replace(str(file), "FILE") == message
 
 
 def test_files_that_are_no_settings(tmp_path):
-    with pytest.raises(UserError, match="^config: File does not exist: .*settings.yaml"):
+    with pytest.raises(UserError, match="^config: .*settings.yaml: .*No such file"):
         parse("--config", str(tmp_path / "settings.yaml"))
     (tmp_path / "settings.yaml").write_text("count: [1")
-    with pytest.raises(UserError, match="^config: expected YAML lines of `key: value`, got .*line 1"):
+    with pytest.raises(UserError, match="(?s)^config: .*settings.yaml: expected YAML lines of `key: value`: .*line 1"):
         parse("--config", str(tmp_path / "settings.yaml"))
 
 
@@ -200,14 +233,95 @@ def test_written_whole_leaves_the_old_file_on_failure(tmp_path):
     check_output(file, overwrite=True)
 
 
-def test_metrics_log(tmp_path):
-    log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
+def test_temporary_names_fit_the_longest_names(tmp_path):
+    with written_whole(tmp_path / ("x" * 250)) as part:
+        part.write_text("whole")
+    assert (tmp_path / ("x" * 250)).read_text() == "whole"
+    with pytest.raises(UserError, match="output: .*xxx cannot be written: File name too long"):
+        check_output(tmp_path / ("x" * 300), overwrite=False)
+
+
+def files_in(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    folder = tmp_path / "runs" / "best"
+    for text in ("first", "second"):
+        with folder_written_whole(folder) as part:
+            (part / f"{text}.txt").write_text(text)
+    assert files_in(tmp_path) == {"runs/best/second.txt": "second"}
+    with pytest.raises(ZeroDivisionError), folder_written_whole(folder) as part:
+        (part / "third.txt").write_text("half")
+        raise ZeroDivisionError
+    assert files_in(tmp_path) == {"runs/best/second.txt": "second"} and len(list(folder.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("step", ["rename", "rmtree"])
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_a_folder_survives_a_kill_at_any_step_of_its_replacement(tmp_path, step, call):
+    """In a process of its own, which dies without a word at the first, second or third call of `step`."""
+    folder = tmp_path / "best"
+    with folder_written_whole(folder) as part:
+        (part / "text").write_text("old")
+    script = f"""
+import os, shutil, sys
+from pathlib import Path
+from common.files import folder_written_whole
+calls, module = [], {{"rename": os, "rmtree": shutil}}["{step}"]
+real = getattr(module, "{step}")
+def dying(*args, **kwargs):
+    calls.append(args)
+    if len(calls) > {call}: os._exit(9)
+    return real(*args, **kwargs)
+setattr(module, "{step}", dying)
+with folder_written_whole(Path(sys.argv[1])) as part: (part / "text").write_text("new")
+"""
+    subprocess.run([sys.executable, "-c", script, folder], env={"PYTHONPATH": ".", "PATH": ""})
+    found = folder if folder.exists() else kept_folder(folder)
+    assert files_in(found) in ({"text": "old"}, {"text": "new"})
+    restore_folder(folder)
+    assert files_in(folder) in ({"text": "old"}, {"text": "new"})
+    with folder_written_whole(folder) as part:
+        (part / "text").write_text("next")
+    assert files_in(tmp_path) == {"best/text": "next"}  # nothing is left behind
+    os.rename(folder, kept_folder(folder))
+    restore_folder(folder)
+    assert files_in(tmp_path) == {"best/text": "next"}
+    remove_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_lines(tmp_path):
+    log = JsonLines(tmp_path / "run" / "metrics.jsonl")
     assert log.rows() == []
     for step in range(3):
-        log.append(step=step, loss=0.5)
+        log.append({"step": step, "loss": 0.5})
     log.keep(2)
-    log.append(step=7, loss=0.25)
+    log.append({"step": 7, "loss": 0.25})
     assert [row["step"] for row in log.rows()] == [0, 1, 7]
+
+
+@pytest.mark.parametrize("half", [b"", b'{"step": 1, "lo', "🐕".encode()[:2]])
+def test_half_a_last_line_is_not_read_and_dropped(tmp_path, half):
+    log = JsonLines(tmp_path / "log")
+    log.append({"step": 0})
+    with log.path.open("ab") as file:
+        file.write(half)
+    assert log.rows() == [{"step": 0}]
+    log.append(["über", None])
+    assert log.rows() == [{"step": 0}, ["über", None]]
+    log.path.write_bytes(half)  # not even one line is whole
+    assert log.rows() == []
+    log.append(1)
+    assert log.rows() == [1]
+
+
+@pytest.mark.parametrize("broken", [b"{}\n{half\n{}\n", b"{}\n\xff\n", b"[" * 100_000 + b"\n"])
+def test_a_broken_line_in_the_middle_is_named(tmp_path, broken):
+    (tmp_path / "log").write_bytes(broken)
+    with pytest.raises(UserError, match="log: expected one JSON value a line"):
+        JsonLines(tmp_path / "log").rows()
 
 
 def test_device_that_is_not_there():

@@ -9,7 +9,7 @@ import p1_llava_caption
 import p2_inference
 import p2_train
 import p3_visualize
-from common.files import MetricsLog
+from common.files import JsonLines
 from data.predictions import read_predictions
 from models.training import Stage
 
@@ -43,7 +43,7 @@ def train(data_root, captioner_config, tmp_path):
 
 
 def losses(run) -> list[float]:
-    return [row["val_loss"] for row in MetricsLog(run / "metrics.jsonl").rows() if "val_loss" in row]
+    return [row["val_loss"] for row in JsonLines(run / "metrics.jsonl").rows() if "val_loss" in row]
 
 
 def test_cuda_training_has_the_losses_of_the_cpu(train):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.config import UserError
-from data import images as data_images
-from data.annotations import find_data, find_photos, read_annotations
-from data.photos import BadPhoto, Photo, load_photos, open_photo
+from common.config import NothingDone, UserError
+from data import photos as data_photos
+from data.annotations import find_data, find_photos, names_splits, read_annotations, read_splits
+from data.features import FeatureCache, Features
+from data.photos import BadPhoto, Photo, PhotoBatches, load_photo, open_photo
 from data.predictions import meta_path, read_predictions, write_predictions
 
 CAPTIONS = {
@@ -52,10 +54,15 @@ def token(captions=CAPTIONS):
     return "".join(f"{name}#{i}\t{one}\n" for name in captions for i, one in enumerate(captions[name]))
 
 
-def table(captions=CAPTIONS):
+def table(captions=CAPTIONS, delimiter=",", header=("image", "caption")):
     file = io.StringIO()
-    csv.writer(file).writerows([("image", "caption")] + [(name, one) for name in captions for one in captions[name]])
+    rows = [header] + [(name, one) for name in captions for one in captions[name]]
+    csv.writer(file, delimiter=delimiter).writerows(rows)
     return file.getvalue()
+
+
+def records(captions=CAPTIONS):
+    return [{"file_name": name, "caption": one} for name in captions for one in captions[name]]
 
 
 FORMS = {
@@ -63,6 +70,14 @@ FORMS = {
     "karpathy": lambda captions: json.dumps(karpathy(captions), ensure_ascii=False, indent=1),
     "token": token,
     "csv": table,
+    "tsv": lambda captions: table(captions, "\t"),
+    "semicolons": lambda captions: table(captions, ";"),
+    "columns of other names": lambda captions: table(captions, header=("file_name", "text")),
+    "records": lambda captions: json.dumps(records(captions)),
+    "records with lists": lambda captions: json.dumps(
+        [{"id": 7, "image": name, "captions": captions[name]} for name in captions], indent=1
+    ),
+    "JSON lines": lambda captions: "\n".join(json.dumps(record) for record in records(captions)),
 }
 
 
@@ -95,7 +110,7 @@ def error_of(function, *args, **kwargs) -> str:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mangle", [str, lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])
-def test_the_four_forms_give_the_same_photos_whatever_the_file_is_called(tmp_path, form, mangle):
+def test_all_forms_give_the_same_photos_whatever_the_file_is_called(tmp_path, form, mangle):
     folder = draw(tmp_path / "photos", *CAPTIONS)
     file = save(tmp_path / "notes.dat", mangle(FORMS[form](CAPTIONS)).encode())
     expected = [Photo(Path(name).stem, folder / name, tuple(CAPTIONS[name])) for name in CAPTIONS]
@@ -157,6 +172,50 @@ def test_the_name_in_flickr8k_that_is_no_photo_is_left_out(tmp_path):
     assert len(read_annotations(file, draw(tmp_path / "photos", *CAPTIONS))) == 3
 
 
+def test_the_published_flickr30k_file(tmp_path):
+    """Columns between bars, quotes that stand for themselves, and a row that lacks its second bar."""
+    rows = [
+        "image_name| comment_number| comment",
+        'a.jpg| 0| The sign says "stop , or else .',
+        "a.jpg| 1   A dog runs 4 miles .",
+        "b.jpg| 0| Two cats , three dogs .",
+    ]
+    folder = draw(tmp_path / "flickr30k_images", "a.jpg", "b.jpg")
+    photos = read_annotations(save(tmp_path / "results.csv", "\n".join(rows)))
+    assert photos == [
+        Photo("a", folder / "a.jpg", ('The sign says "stop , or else .', "A dog runs 4 miles .")),
+        Photo("b", folder / "b.jpg", ("Two cats , three dogs .",)),
+    ]
+    assert "line 2: 4 columns, expected 3" in error_of(
+        read_annotations, save(tmp_path / "x.csv", rows[0] + "\na.jpg| 0| one | two\n")
+    )
+
+
+def test_coco_files_whose_photos_have_ids_alone(tmp_path):
+    data = {"images": [{"id": 391895}], "annotations": [{"image_id": 391895, "caption": "a dog"}]}
+    assert read_annotations(save(tmp_path / "gt.json", data)) == [Photo("391895", None, ("a dog",))]
+
+
+def test_splits_of_a_table_and_names_with_backslashes(tmp_path):
+    file = save(tmp_path / "t.csv", "image,caption,split\nval2017\\a.jpg,a dog,val\nb.jpg,a cat,train\n")
+    assert read_annotations(file, split="val") == [Photo("a", None, ("a dog",))]
+    assert names_splits(file) and not names_splits(save(tmp_path / "u.csv", table()))
+
+
+def test_read_splits(tmp_path):
+    folder = draw(tmp_path / "photos", *CAPTIONS)
+    dataset = save(tmp_path / "dataset.json", karpathy())
+    both = read_splits(None, (dataset, folder), (None, folder))
+    assert [[photo.stem for photo in photos] for photos in both] == [["b", "a"], ["c"]]
+    assert [len(photos) for photos in read_splits(None, (dataset, folder), (None, folder), 1, 1)] == [1, 1]
+    plain = save(tmp_path / "plain.json", coco())
+    assert [len(photos) for photos in read_splits(None, (plain, folder), (None, None))] == [3, 0]
+    assert "images: expected the folder" in error_of(read_splits, None, (plain, None), (None, None))
+    draw(tmp_path / "root/images", *CAPTIONS)
+    save(tmp_path / "root/train.json", coco()), save(tmp_path / "root/val.json", coco({"c.png": ["one"]}))
+    assert [len(photos) for photos in read_splits(tmp_path / "root", (None, None), (None, None))] == [3, 1]
+
+
 def test_photos_are_found_beside_the_annotations(tmp_path):
     ours = save(tmp_path / "ours/val.json", coco())
     draw(tmp_path / "ours/images", "b.jpg")
@@ -188,10 +247,10 @@ BAD_ANNOTATIONS = {
     "not UTF-8": (b"\xff\xfe\x00a", ["UTF-8"]),
     "cut JSON": ('{"images": [', ["not JSON"]),
     "deep JSON": ("[" * 100_000, ["not JSON"]),
-    "predictions": ({"a": "a dog"}, ["'images'"]),
-    "a list": ([1], ["'images'"]),
-    "images an object": ({"images": {}, "annotations": []}, ["'images'"]),
-    "no annotations": ({"images": []}, ["'annotations'"]),
+    "predictions": ({"a": "a dog"}, ["not a known form", "'images'"]),
+    "a list": ([1], ["not a known form", "'images'"]),
+    "images an object": ({"images": {}, "annotations": []}, ["not a known form", "'images'"]),
+    "no annotations": ({"images": []}, ["an object with annotations as a list"]),
     "instances": (
         edited(coco(), lambda data: [one.pop("caption") for one in data["annotations"]]),
         ["no annotation has a caption"],
@@ -203,7 +262,10 @@ BAD_ANNOTATIONS = {
         ["annotations[2]", "caption"],
     ),
     "image no object": (edited(coco(), lambda data: data["images"].append("d.jpg")), ["images[3]", "object"]),
-    "id a list": (edited(coco(), lambda data: data["images"][0].update(id=[1])), ["images[0]", "id must be a number"]),
+    "id a list": (
+        edited(coco(), lambda data: data["images"][0].update(id=[1])),
+        ["images[0]", "id as a number or text, got [1]"],
+    ),
     "unknown id": (edited(coco(), lambda data: data["annotations"][3].update(image_id=99)), ["annotations[3]", "99"]),
     "repeated id": (edited(coco(), lambda data: data["images"][2].update(id=10)), ["images[2]", "10", "a.jpg"]),
     "empty caption": (
@@ -212,16 +274,16 @@ BAD_ANNOTATIONS = {
     ),
     "caption a number": (
         edited(coco(), lambda data: data["annotations"][1].update(caption=3)),
-        ["annotations[1]", "must be text, got 3"],
+        ["annotations[1]", "caption as text, got 3"],
     ),
     "lone surrogate": (
         edited(coco(), lambda data: data["annotations"][1].update(caption="\ud83d dog")),
-        ["annotations[1]", "surrogate"],
+        ["annotations[1]", "surrogate pair"],
     ),
     "one stem": (coco({"x/a.jpg": ["one"], "a.png": ["two"]}), ["x/a.jpg", "a.png", "stem 'a'"]),
     "Karpathy no raw": (
         edited(karpathy(), lambda data: data["images"][1]["sentences"][0].pop("raw")),
-        ["images[1].sentences[0]", "raw"],
+        ["images[1]", "an object with raw as text, got {'tokens': []}"],
     ),
     "Karpathy no split": (edited(karpathy(), lambda data: data["images"][1].pop("split")), ["images[1]", "split"]),
     "token line": (token() + "d.jpg two cats\n", ["line 6", "d.jpg two cats"]),
@@ -229,7 +291,13 @@ BAD_ANNOTATIONS = {
     "CSV comma": ("image,caption\na.jpg,a dog, wet\n", ["line 2", "3 columns"]),
     "CSV open quote": ('image,caption\na.jpg,"a dog\nb.jpg,a cat\n', ["line 3"]),
     "CSV stray quote": ('image,caption\na.jpg,"a dog" runs\n', ["line 2"]),
-    "CSV no name": ("image,caption\n,a dog\n", ["line 2", "name"]),
+    "CSV no name": ("image,caption\n,a dog\n", ["line 2", "image as a number or text, got ''"]),
+    "record without a caption": ([*records(), {"file_name": "d.jpg"}], ["records[5]", "caption or captions or text"]),
+    "record with a null caption": (
+        [*records(), {"file_name": "d.jpg", "caption": [None]}],
+        ["records[5]", "None, not"],
+    ),
+    "a cut line of JSON lines": ('{"image": "a.jpg", "text": "a"}\n{"image": "b.j', ["not JSON", "line 2"]),
 }
 
 
@@ -285,6 +353,26 @@ def test_find_photos_in_a_folder_a_list_an_annotation_file_or_alone(tmp_path):
     assert [photo.stem for photo in find_photos(uncaptioned)] == ["b", "a", "c"]
 
 
+def test_what_a_folder_holds_besides_photos_is_counted(tmp_path, capsys):
+    draw(tmp_path, "a.jpg", "b.jpg")
+    for name in ("c.HEIC", "d.HEIC", "e.dng", "f", ".hidden"):
+        save(tmp_path / name, b"")
+    draw(tmp_path / "below", "g.jpg")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "a.jpg").rename(tmp_path / "a.jpe")
+    assert [photo.stem for photo in find_photos(tmp_path)] == ["a", "b"]
+    others = "2 .HEIC, 1 .dng, 1 .jpg, 1 folder, 1 without suffix"
+    assert capsys.readouterr().err == f"{tmp_path}: not read: {others}\n"
+
+
+def test_names_that_the_system_refuses_end_in_one_line(tmp_path):
+    long, file = tmp_path / ("x" * 300), save(tmp_path / "a.json", coco())
+    assert "name too long" in error_of(find_photos, long)
+    assert "name too long" in error_of(read_annotations, long)
+    assert "not a folder" in error_of(read_annotations, file, long)
+    assert "no such folder" in error_of(find_data, long, "train")
+
+
 def test_find_photos_says_what_is_wrong(tmp_path):
     empty = draw(tmp_path / "empty")
     assert "no photos" in error_of(find_photos, empty)
@@ -292,8 +380,9 @@ def test_find_photos_says_what_is_wrong(tmp_path):
     assert "no such file" in error_of(find_photos, tmp_path / "none.jpg")
     assert "UTF-8" in error_of(find_photos, save(tmp_path / "weights.bin", b"\xff\xfe\xfd"))
     message = error_of(find_photos, save(tmp_path / "prose.txt", "x" * 5000 + "\nb.jpg\n"))
-    assert "2 photos" in message and "b.jpg; expected one path a line" in message
+    assert "2 photos" in message and "b.jpg) not there; expected one path a line" in message
     assert "stem 'a'" in error_of(find_photos, draw(tmp_path / "two", "a.jpg", "a.png"))
+    assert "not a known form" in error_of(find_photos, save(tmp_path / "predictions.json", {"a": "a dog"}))
     assert "b.jpg, a.jpg, c.png" in error_of(find_photos, save(tmp_path / "apart/val.json", coco()))
     undecodable = os.fsencode(empty) + b"/\xff.jpg"
     try:
@@ -427,28 +516,104 @@ def test_a_large_photo_and_damaged_exif_are_read_without_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_load_photos_keeps_the_order_and_looks_a_little_ahead(tmp_path, monkeypatch, workers):
+def test_batches_keep_the_order_are_filled_and_look_a_little_ahead(tmp_path, monkeypatch, capsys, workers):
     for i in range(30):
         Image.new("L", (i + 1, 2)).save(tmp_path / f"{i:02}.png")
     save(tmp_path / "07.png", b"bad")
     photos = find_photos(tmp_path) + [Photo("unknown", None)]
     opened = []
-    monkeypatch.setattr(data_images, "open_photo", lambda path: opened.append(path) or open_photo(path))
-    loaded = load_photos(iter(photos), workers)
-    for i, (photo, image) in enumerate(loaded):
-        assert photo == photos[i]
-        assert len(opened) <= i + 1 + 2 * workers
-        if photo.stem in ("07", "unknown"):
-            assert isinstance(image, BadPhoto) and photo.stem in str(image)
-        else:
-            assert image.mode == "RGB" and image.width == i + 1
-    assert i == 30
+    monkeypatch.setattr(data_photos, "load_photo", lambda photo, known: opened.append(photo) or load_photo(photo))
+    batches, seen = PhotoBatches(photos, 4, workers), []
+    for batch in batches:
+        seen += batch
+        assert len(opened) <= len(seen) + len(batches.bad) + 2 * workers
+        assert len(batch) == 4 or len(seen) == 29
+    assert [loaded.photo for loaded in seen] == [photo for photo in photos if photo.stem not in ("07", "unknown")]
+    assert all(loaded.image.mode == "RGB" and loaded.image.width == int(loaded.stem) + 1 for loaded in seen)
+    assert [str(bad.path) for bad in batches.bad] == [str(tmp_path / "07.png"), "unknown"]
+    skipped = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
+    assert skipped == [f"skipped {bad}" for bad in batches.bad]
 
     before = threading.active_count()
-    stopped = load_photos(photos, workers)
+    stopped = iter(PhotoBatches(photos, 4, workers))
     next(stopped)
     stopped.close()
     assert threading.active_count() == before
+
+
+def test_nothing_done_is_said_when_no_photo_was_good(tmp_path):
+    draw(tmp_path, "a.jpg")
+    bad = [Photo("x", save(tmp_path / "x.jpg", b"no")), Photo("y", tmp_path / "none.jpg")]
+    with pytest.raises(NothingDone, match="none of 2 photos could be decoded"):
+        list(PhotoBatches(bad, 8))
+    assert list(PhotoBatches(bad, 8, done=3)) == list(PhotoBatches([], 8)) == []  # an earlier run did something
+    ((only,),) = PhotoBatches([*bad, Photo("a", tmp_path / "a.jpg")], 8)
+    assert only.stem == "a"
+
+
+def test_a_photo_is_read_once_and_known_ones_are_not_decoded(tmp_path, monkeypatch):
+    draw(tmp_path, "a.jpg", "b.jpg")
+    Image.new("RGB", (8, 6), "blue").save(tmp_path / "c.jpg")
+    read = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or path.open("rb").read())
+    a, b, c = (load_photo(photo) for photo in find_photos(tmp_path))
+    assert read == ["a.jpg", "b.jpg", "c.jpg"] and a.image.size == (8, 6)
+    assert a.key == b.key != c.key  # the key is of the bytes, not of the name
+    ((*known, other),) = PhotoBatches(find_photos(tmp_path), 8, known=lambda key: key == a.key)
+    assert [loaded.image for loaded in known] == [None, None] and other.image.size == (8, 6)
+
+
+# ------------------------------------------------------------------------------------------- features
+
+
+@pytest.mark.parametrize("dtype", [numpy.float16, numpy.float32])
+def test_features_come_back_as_they_were_written(tmp_path, dtype):
+    arrays = numpy.random.default_rng(0).normal(size=(4, 3, 5)).astype("float32")
+    cache, keys = FeatureCache(tmp_path, "encoder", (3, 5), dtype), [f"{i}{i}key" for i in range(4)]
+    cache.check_room(4)
+    for key, array in zip(keys[:3], arrays):
+        assert key not in cache and cache.read(key) is None
+        cache.write(key, array)
+    other_process = FeatureCache(tmp_path, "encoder", (3, 5), dtype)
+    features = Features(other_process, keys[:3])
+    assert len(features) == 3 and keys[2] in other_process and keys[3] not in other_process
+    assert features[[2, 0]].numpy().dtype == dtype
+    numpy.testing.assert_array_equal(features[[2, 0]].numpy(), arrays[[2, 0]].astype(dtype))
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == [f"{key}.bin" for key in keys[:3]]
+    for other in (FeatureCache(tmp_path, "another", (3, 5), dtype), FeatureCache(tmp_path, "encoder", (3, 4), dtype)):
+        assert keys[0] not in other
+    (tmp_path / "encoder/11/11key.bin").write_bytes(b"half a photo")  # as a full disk leaves files of other programs
+    assert keys[1] not in cache and cache.read(keys[1]) is None
+    assert "lacks photos that were in it" in error_of(features.__getitem__, [0, 1])
+
+
+def test_features_that_cannot_be_kept_are_refused(tmp_path, monkeypatch):
+    save(tmp_path / "file", "")
+    cache = FeatureCache(tmp_path / "file", "encoder", (3, 5))
+    for attempt in (lambda: cache.check_room(1), lambda: cache.write("key", numpy.zeros((3, 5)))):
+        assert "features: " in error_of(attempt) and "file/encoder cannot be written" in error_of(attempt)
+    message = error_of(FeatureCache(tmp_path / "new", "encoder", (257, 1024)).check_room, 10**12)
+    assert "needs 526336000.0 GB for 1000000000000 photos" in message and "GB are free" in message
+
+
+def fill(folder: Path) -> None:
+    cache = FeatureCache(folder, "encoder", (16, 8))
+    cache.check_room(50)
+    for i in range(50):
+        cache.write(f"{i:03}", numpy.full((16, 8), i))
+
+
+def test_many_processes_fill_one_cache(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=fill, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    features = Features(FeatureCache(tmp_path, "encoder", (16, 8)), [f"{i:03}" for i in range(50)])
+    assert (features[range(50)].numpy() == numpy.arange(50)[:, None, None]).all()
+    assert not list(tmp_path.rglob("*.part"))
 
 
 # ------------------------------------------------------------------------------------------- predictions
@@ -522,8 +687,9 @@ def test_real_photos_open_and_instances_serve_as_a_list_only(tmp_path):
         Path(image["file_name"]).stem: (image["width"], image["height"])
         for image in json.loads(instances.read_text())["images"]
     }
-    for photo, image in load_photos(photos):
-        assert image.mode == "RGB" and image.size == sizes[photo.stem]
+    for batch in PhotoBatches(photos, batch_size=32):
+        for loaded in batch:
+            assert loaded.image.mode == "RGB" and loaded.image.size == sizes[loaded.stem]
 
 
 @real

@@ -13,7 +13,7 @@ from common.config import UserError
 from evaluate import Config, fixed_point, main
 from metrics import cider as cider_module
 from metrics.cider import cider, consensus, find_java, ptb_tokenize
-from metrics.clipscore import PhotoSide, clip_scores, encode_captions, load_clip, ref_clip_scores, tokenize
+from metrics.clipscore import ImageTower, clip_scores, encode_captions, load_clip, ref_clip_scores, tokenize
 
 ROOT = Path(__file__).parent.parent
 DATA = os.environ.get("CAPTION_DATA")
@@ -239,7 +239,7 @@ def test_a_second_run_of_captions_reads_no_photo_and_batches_change_nothing(scen
     settings = files | {"clip_model": f"local-dir:{clip_folder}", "features": scene / "features"}
     main(Config(**settings))
     first = json.loads((scene / "captions.scores.json").read_text())
-    monkeypatch.setattr(PhotoSide, "__call__", lambda *_: pytest.fail("a photo was encoded again"))
+    monkeypatch.setattr(ImageTower, "__call__", lambda *_: pytest.fail("a photo was encoded again"))
     monkeypatch.setattr("data.photos.open_photo", lambda *_: pytest.fail("a photo was decoded again"))
     main(Config(**settings, batch_size=1))
     again = json.loads((scene / "captions.scores.json").read_text())
@@ -272,19 +272,25 @@ def test_ref_clipscore_is_the_harmonic_mean_with_the_nearest_reference(scene, cl
     assert clip_scores(vectors[:1], -vectors[:1]).tolist() == [0.0]
 
 
-def test_trimmed_captions_have_the_vectors_of_padded_ones(clip_folder):
-    clip = load_clip(f"local-dir:{clip_folder}")
-    tokens, _ = tokenize(clip, ["a dog", "", "dog " * 90, "two dogs run", "a dog"])
-    padded = clip.model.encode_text(tokens, normalize=True)
-    assert torch.allclose(encode_captions(clip, tokens, batch_size=2), padded, atol=1e-6)
-    assert torch.allclose(encode_captions(clip, tokens, batch_size=5), padded, atol=1e-6)
-
-
 def test_only_captions_that_were_cut_count_as_cut(clip_folder):
     clip = load_clip(f"local-dir:{clip_folder}")
     tokens, cut = tokenize(clip, ["dog " * 74, "dog " * 75, "dog " * 76, ""])  # with start and end: 76, 77, 78, 2
     assert cut == [False, False, True, False]
     assert tokens.shape == (4, 77) and (tokens.max(dim=1).values == 49407).all()  # each has its end token
+
+
+def test_what_decides_a_photo_vector_decides_the_fingerprint(clip_folder, tmp_path):
+    first = ImageTower(load_clip(f"local-dir:{clip_folder}")).fingerprint()
+    assert first == ImageTower(load_clip(f"local-dir:{clip_folder}")).fingerprint()
+    weights = (clip_folder / "open_clip_model.safetensors").read_bytes()
+    config = json.loads((clip_folder / "open_clip_config.json").read_text())
+    (tmp_path / "open_clip_model.safetensors").write_bytes(weights)
+    for key, change in (("model_cfg", {"quick_gelu": False}), ("preprocess_cfg", {"interpolation": "bilinear"})):
+        other = config | {key: config[key] | change}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(other))
+        assert ImageTower(load_clip(f"local-dir:{tmp_path}")).fingerprint() != first
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    assert ImageTower(load_clip(f"local-dir:{tmp_path}")).fingerprint() == first  # the folder's name does not count
 
 
 def test_without_clip_weights_cider_is_scored_and_one_line_says_why(scene):
@@ -359,6 +365,14 @@ def test_a_run_without_some_captions_is_scored_as_was_said(scene, capsys):
     assert both["runs"][0]["corpus"]["cider"] == cider(REFERENCES, CAPTIONS)[0]
     err = capsys.readouterr().err
     assert "(river): left out for all runs" in err and "(river): scored 0" in err
+
+
+def test_a_photo_that_a_run_could_not_decode_is_scored_for_no_run(scene, capsys):
+    (scene / "fewer.json").write_text(json.dumps({name: CAPTIONS[name] for name in ("truck", "chess")}))
+    (scene / "fewer.meta.json").write_text(json.dumps({"skipped": ["photos/river.png"]}))
+    both = scored(scene, "captions", "fewer", missing="zero")
+    assert [list(run["photos"]) for run in both["runs"]] == [["truck", "chess"]] * 2
+    assert "fewer.json: the run could not decode 1 photo (river): left out for all runs" in capsys.readouterr().err
 
 
 def test_an_empty_caption_scores_zero_by_clip_too(scene, clip_folder):

@@ -9,7 +9,8 @@ from PIL import Image
 
 from common.config import NothingDone, UserError
 from data.annotations import find_photos
-from data.journal import Journal, caption_journaled
+from data.journal import Journal
+from data.photos import PhotoBatches
 from data.predictions import write_predictions
 from models.decoder import causal_lm, fuse_lora
 from models.decoding import Decoding, photo_seed
@@ -26,19 +27,16 @@ def photos(tmp_path) -> list:
 
 
 def caption_all(output: Path, photos: list, stop_after: int = 99, **settings) -> list:
-    outputs = {name: output.with_stem(name) for name in ("a", "b")}
-    journal = Journal(output, outputs, {name: {"model": "m"} | settings for name in outputs})
-    batches = []
-
-    def caption(own, images):
-        if len(batches) == stop_after:
+    journal = Journal(output, {name: {"model": "m"} | settings for name in ("a", "b")})
+    batches, seen = PhotoBatches(journal.missing(photos), 2, 1, "caption", journal.done), []
+    for batch in batches:
+        if len(seen) == stop_after:
             raise KeyboardInterrupt
-        batches.append([photo.stem for photo in own])
-        red = [image.getpixel((0, 0))[0] for image in images]
-        return {"a": [f"red {value}" for value in red], "b": [f"rouge {value}" for value in red]}
-
-    caption_journaled(photos, journal, caption, batch_size=2, workers=1, meta={})
-    return batches
+        seen.append([loaded.stem for loaded in batch])
+        red = [loaded.image.getpixel((0, 0))[0] for loaded in batch]
+        journal.append(batch, {"a": [f"red {value}" for value in red], "b": [f"rouge {value}" for value in red]})
+    journal.finish(photos, batches.bad, {"device": "cpu"})
+    return seen
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2])
@@ -53,11 +51,12 @@ def test_a_stopped_run_ends_as_an_unbroken_one(tmp_path, photos, stop_after):
     again = caption_all(broken, photos)
     assert sum(map(len, again)) == 6 - 2 * stop_after  # what was done is not done again
     for name in ("a", "b"):
-        assert (tmp_path / f"whole/{name}.json").read_bytes() == (tmp_path / f"broken/{name}.json").read_bytes()
+        assert (tmp_path / f"whole/x.{name}.json").read_bytes() == (tmp_path / f"broken/x.{name}.json").read_bytes()
     assert not journal.exists()
-    meta = json.loads((tmp_path / "broken/a.meta.json").read_text())
+    meta = json.loads((tmp_path / "broken/x.a.meta.json").read_text())
+    assert meta.keys() == {"model", "device", "seconds", "skipped"}
     assert meta["skipped"] == {"p3.png": "not a photo in a known format"}
-    assert list(json.loads((tmp_path / "broken/a.json").read_text())) == ["p0", "p1", "p2", "p4", "p5", "p6"]
+    assert list(json.loads((tmp_path / "broken/x.a.json").read_text())) == ["p0", "p1", "p2", "p4", "p5", "p6"]
 
 
 @pytest.mark.parametrize("written", [0, 1, 2])
@@ -77,7 +76,7 @@ def test_a_run_killed_between_its_outputs_is_finished_by_the_next(tmp_path, phot
         caption_all(tmp_path / "broken/x.json", photos)
     assert caption_all(tmp_path / "broken/x.json", photos) == []
     for name in ("a", "b"):
-        assert (tmp_path / f"whole/{name}.json").read_bytes() == (tmp_path / f"broken/{name}.json").read_bytes()
+        assert (tmp_path / f"whole/x.{name}.json").read_bytes() == (tmp_path / f"broken/x.{name}.json").read_bytes()
 
 
 def test_a_journal_of_other_settings_is_refused_by_name(tmp_path, photos):
@@ -87,12 +86,37 @@ def test_a_journal_of_other_settings_is_refused_by_name(tmp_path, photos):
     with pytest.raises(UserError, match="x.journal.jsonl was begun with seed 0, now 1; --overwrite begins anew"):
         caption_all(output, photos, seed=1)
     with pytest.raises(UserError, match="begun with decoding a b, now a; --overwrite begins anew"):
-        Journal(output, {"a": output}, {"a": {"model": "m", "seed": 0}})
-    for lines in ("{}\nnot a caption\n", '{"a": {}}\n["p0", {}]\n', "[]\n"):
+        Journal(output, {"a": {"model": "m", "seed": 0}})
+    for lines in ("{}\nnot a caption\n", '{"a": {}}\n["p0", {}]\n', "[]\n", '{"a": {}}\n["p0", {"a": null}]\n'):
         (tmp_path / "x.journal.jsonl").write_text(lines)
         with pytest.raises(UserError, match="is no journal of captions"):
             caption_all(output, photos, seed=0)
-    assert Journal(output, {"a": output}, {"a": {}}, overwrite=True).captions == {}
+    assert Journal(output, {"a": {}}, overwrite=True).captions == {}
+
+
+def test_a_single_decoding_writes_the_output_itself_and_outputs_are_not_replaced(tmp_path, photos, capsys):
+    output = tmp_path / "new" / "x.json"
+    journal = Journal(output, {"best": {"model": "m"}})
+    batches = PhotoBatches(journal.missing(photos), 4)
+    for batch in batches:
+        journal.append(batch, {"best": [loaded.stem for loaded in batch]})
+    assert journal.done == 6 and [photo.stem for photo in journal.missing(photos)] == ["p3"]
+    capsys.readouterr()
+    journal.finish(photos, batches.bad, {})
+    assert capsys.readouterr().out == f"6 captions in {output}\n1 photo skipped: p3.png\n"
+    assert sorted(path.name for path in output.parent.iterdir()) == ["x.json", "x.meta.json"]
+    with pytest.raises(UserError, match="output: .*x.json exists; give another name, or --overwrite"):
+        Journal(output, {"best": {"model": "m"}})
+    Journal(output, {"best": {"model": "m"}}, overwrite=True)
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
+    for name in ("x" * 250 + ".json", "."):
+        with pytest.raises(UserError, match="^output: "):
+            Journal(tmp_path / name, {"best": {}})
+    (tmp_path / "y.journal.jsonl").mkdir()
+    with pytest.raises(UserError, match="y.journal.jsonl is a folder"):
+        Journal(tmp_path / "y.json", {"best": {}})
 
 
 def test_nothing_readable_is_nothing_done(tmp_path, photos):
@@ -100,18 +124,18 @@ def test_nothing_readable_is_nothing_done(tmp_path, photos):
         caption_all(tmp_path / "x.json", photos[3:4])
 
 
-def test_sampling_heeds_the_photo_alone(make_captioner):
+def test_sampling_heeds_the_photo_alone(make_captioner, caption):
     """The same captions at any batch size and in any order; other seeds draw others."""
-    captioner = make_captioner("gpt2").eval().merge()
+    captioner = make_captioner("gpt2").ready(torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
     features = torch.randn(8, captioner.encoder.tokens, captioner.encoder.width)
     decoding = Decoding(max_new_tokens=8, do_sample=True, temperature=0.9, top_p=0.95, top_k=100)
     seeds = [photo_seed(0, f"photo {number}") for number in range(8)]
-    together = captioner.caption(features, decoding, seeds)
-    one_by_one = [captioner.caption(features[i : i + 1], decoding, seeds[i : i + 1])[0] for i in range(8)]
+    together = caption(captioner, features, decoding, seeds)
+    one_by_one = [caption(captioner, features[i : i + 1], decoding, seeds[i : i + 1])[0] for i in range(8)]
     assert together == one_by_one
-    assert captioner.caption(features.flip(0), decoding, seeds[::-1]) == together[::-1]
-    assert captioner.caption(features, decoding, [seed + 1 for seed in seeds]) != together
+    assert caption(captioner, features.flip(0), decoding, seeds[::-1]) == together[::-1]
+    assert caption(captioner, features, decoding, [seed + 1 for seed in seeds]) != together
 
 
 def test_sampling_draws_from_the_distribution():

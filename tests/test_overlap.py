@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metrics import overlap
+from metrics import MetricUnavailable, overlap
 from metrics.cider import cider, ptb_tokenize
 
 # The example of CLIPScore's authors (github.com/jmhessel/clipscore, MIT licence) and the scores that they print.
@@ -47,7 +47,7 @@ def test_where_meteor_cannot_run_one_line_says_why(monkeypatch):
     from pycocoevalcap.meteor import meteor
 
     monkeypatch.setattr(meteor, "METEOR_JAR", "nowhere.jar")
-    with pytest.raises(overlap.MeteorUnavailable, match="nowhere.jar"):
+    with pytest.raises(MetricUnavailable, match="nowhere.jar"):
         overlap.meteor(REFERENCES, CAPTIONS)
 
 
@@ -65,12 +65,15 @@ def test_nothing_is_written_where_the_scorers_are_installed():
 
 
 def test_diversity():
-    found = overlap.diversity({"a": "A dog runs.", "b": "a dog runs", "c": "a cat", "d": ""})
+    def figures(*captions: str) -> dict[str, float]:
+        scores = overlap.diversity({str(number): caption for number, caption in enumerate(captions)})
+        assert not any(score.photos or score.has_interval for score in scores.values())  # of the corpus alone
+        return {name: score.corpus for name, score in scores.items()}
+
+    found = figures("A dog runs.", "a dog runs", "a cat", "")
     assert found["length"] == 8 / 3 and found["vocabulary"] == 4
     assert found["distinct1"] == 4 / 8 and found["distinct2"] == 3 / 5 and found["unique"] == 2 / 3
-    assert overlap.diversity({"a": ""}) == {
-        "length": 0.0, "vocabulary": 0.0, "distinct1": 0.0, "distinct2": 0.0, "unique": 1.0,
-    }  # fmt: skip
+    assert figures("") == {"length": 0.0, "vocabulary": 0.0, "distinct1": 0.0, "distinct2": 0.0, "unique": 1.0}
 
 
 # ------------------------------------------------------------------------------------------- neighbours

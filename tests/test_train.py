@@ -21,16 +21,16 @@ import common.config
 import p2_inference
 import p2_train
 from common.config import UserError, parse_config
-from common.files import MetricsLog
+from common.files import JsonLines
 from data.annotations import find_photos, read_annotations
 from data.batches import batch_tokens, epoch_batches
-from data.features import FeatureCache
 from data.photos import Photo, open_photo
 from data.prefetch import prefetch
-from data.splits import Split, prepare_split
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner
 from models.decoder import LoraConfig
 from models.encoder import FrozenEncoder, build_encoder
+from models.features import encode_files
+from models.splits import Split, prepare_split, weigh_by_agreement
 from models.training import Stage
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -75,7 +75,7 @@ def same(ours: dict, theirs: dict) -> bool:
 
 
 def rows(folder: Path) -> list[dict]:
-    return [{key: row[key] for key in row if key != "seconds"} for row in MetricsLog(folder / "metrics.jsonl").rows()]
+    return [{key: row[key] for key in row if key != "seconds"} for row in JsonLines(folder / "metrics.jsonl").rows()]
 
 
 # ------------------------------------------------------------------------------------------- settings
@@ -147,6 +147,7 @@ def test_mistakes_end_in_one_line_before_a_model_loads(
     (tmp_path / "spoilt/images/train/train3.png").unlink()
     (tmp_path / "empty").mkdir()
     (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.yaml").touch()
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/captioner.json").write_text("{}")
     places = {"DATA": data_root, "PHOTOS": data_root / "images/val", "RUN": tmp_path / "checkpoint"}
@@ -201,17 +202,14 @@ def test_one_item_is_prepared_ahead_in_order():
 def test_features_are_encoded_once_and_survive_a_kill(captioner_config, data_root, tmp_path, monkeypatch):
     encoder = build_encoder(captioner_config().encoder)
     photos = find_photos(data_root / "images" / "train")
-    first, good, bad = FeatureCache(encoder, tmp_path).find(photos[:5], batch_size=2)
+    first, good, bad = encode_files(encoder, photos[:5], tmp_path, batch_size=2)
     assert (len(first), good, bad) == (5, [0, 1, 2, 3, 4], [])
-    (store,) = tmp_path.iterdir()
-    with (store / "features.f16").open("ab") as file:
-        file.write(b"half a row")  # killed before its key was written
-    with (store / "index.txt").open("a") as file:
-        file.write("half a k")  # the disk was full
-    every, *_ = FeatureCache(encoder, tmp_path).find(photos[::-1], batch_size=2)
-    (store / "extra").write_text("")  # the folder is not made anew
+    stored = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert len(stored) == 5
+    stored[0].write_bytes(stored[0].read_bytes()[:-2])  # the disk was full, or the machine died
+    every, *_ = encode_files(encoder, photos[::-1], tmp_path, batch_size=2)
     monkeypatch.setattr(type(encoder), "forward", lambda *_: pytest.fail("encoded twice"))
-    again, *_ = FeatureCache(encoder, tmp_path).find(photos)
+    again, *_ = encode_files(encoder, photos, tmp_path)
     monkeypatch.undo()
     pixels = torch.stack([encoder.transform(open_photo(photo.path)) for photo in photos])
     expected = encoder(pixels).half()
@@ -304,7 +302,7 @@ def test_a_run_learns_and_keeps_its_best(config, tmp_path):
     captioner = load_captioner(cfg.output)
     photos = read_annotations(cfg.data / "val.json", cfg.data / "images/val")
     split = prepare_split(captioner, photos, cfg.features)
-    trainer = p2_train.Trainer(cfg, Accelerator(cpu=True), captioner, split, split, {})
+    trainer = p2_train.Trainer(cfg, Accelerator(cpu=True), captioner, split, split)
     assert trainer.validation_loss() == pytest.approx(second, rel=1e-5)
     assert (cfg.output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((cfg.output / "config.yaml").read_text())["align"]["lr"] == 1e-2
@@ -317,11 +315,12 @@ def test_consensus_weights_keep_a_photos_mean_and_favour_what_people_agree_on(co
         Photo("alone", None, ("a kite",)),
     ]
     ids = [[[ord(letter) for letter in caption] for caption in photo.captions] for photo in photos]
-    split = Split(photos, None, ids)
+    agreement = p2_train.consensus({photo.stem: list(photo.captions) for photo in photos})
     shares = []
     for power in (1.0, 2.0):
-        weights = [[own[tuple(c)] for c in captions] for own, captions in zip(
-            p2_train.consensus_weights(split, power), ids)]  # fmt: skip
+        split = Split(photos, None, ids, eos=0)
+        weigh_by_agreement(split, agreement, power)
+        weights = [[own[tuple(c)] for c in captions] for own, captions in zip(split.caption_weights, ids)]
         assert [sum(own) / len(own) for own in weights] == pytest.approx([1, 1, 1])
         assert weights[0][0] == weights[0][3] > weights[0][1] > weights[0][2] == 0
         shares.append(weights[0][0])
@@ -393,7 +392,7 @@ def test_bf16_packed_run_captions_photos(config, data_root, tmp_path, monkeypatc
         args = ["--checkpoint", cfg.output, "--images", photos, "--output", tmp_path / f"{name}.json", *more]
         if name == "cached":
             encoder = load_captioner(cfg.output).encoder
-            FeatureCache(encoder, tmp_path / "features").find(find_photos(data_root / "images/val"))
+            encode_files(encoder, find_photos(data_root / "images/val"), tmp_path / "features")
             photos_seen.clear()
         assert run_script(p2_inference, monkeypatch, *args, "--device", "cpu") == 0
         results[name] = json.loads((tmp_path / f"{name}.json").read_text())

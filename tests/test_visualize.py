@@ -52,16 +52,15 @@ def visualize(scene: Path, output: str = "out", **settings) -> Path:
 
 
 def read(scene: Path, output: str = "out") -> dict:
-    from pages.page import read_page
-
-    return read_page(scene / output / "index.html")
+    page = (scene / output / "index.html").read_text(encoding="utf-8")
+    return json.loads(page.partition('id="data">')[2].partition("</script>")[0])
 
 
 def test_a_folder_of_photos_gets_a_picture_each_and_a_page(scene, capsys):
     (scene / "photos/broken.png").write_text("no photo")
-    folder = visualize(scene, sheet=True)
+    folder = visualize(scene)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"index.html"} | {f"{s}{kind}.png" for s in CAPTIONS for kind in ("", ".methods")}
+    assert names == {"index.html"} | {f"{stem}.png" for stem in CAPTIONS}
     assert "broken.png: not a photo" in capsys.readouterr().err
     data = read(scene)
     assert [photo["stem"] for photo in data["photos"]] == sorted(CAPTIONS)
@@ -129,7 +128,7 @@ def test_mistakes_end_in_one_line(scene, settings, said):
 def test_masks_of_other_sizes_a_full_folder_and_no_photo(scene, capsys):
     Image.new("RGB", (50, 50)).save(scene / "photos/one.png")
     visualize(scene, "sizes", annotations=scene / "captions.json", instances=scene / "instances.json")
-    assert "one.png has 50 x 50 pixels, its masks 120 x 60: not grounded" in capsys.readouterr().err
+    assert "one.png has 50 x 50 pixels, its masks 120 x 60: it is not grounded" in capsys.readouterr().err
     assert json.loads((scene / "sizes/grounding.json").read_text())["objects"] == 1
     nothing = visualize(scene, "none", annotations=scene / "captions.json", instances=scene / "instances.json", limit=1)
     assert not (nothing / "grounding.json").exists() and (nothing / "index.html").exists()
@@ -201,7 +200,7 @@ def test_fifty_photos_are_under_ten_megabytes_and_open_in_a_second(browser, tmp_
     """Photos of COCO's size, 24 x 24 patches and 12 words, as of LLaVA-1.5."""
     from models.attribution import Unit
     from models.encoder import PatchGrid
-    from pages.heatmaps import Drawn, write_heatmap_page
+    from pages.heatmaps import Drawn, page_entry, write_heatmap_page
 
     rng = np.random.default_rng(0)
     units = [Unit(f"word{n}", (n,), 0.5, 0.5) for n in range(12)]
@@ -211,7 +210,7 @@ def test_fifty_photos_are_under_ten_megabytes_and_open_in_a_second(browser, tmp_
         maps = {name: rng.random((12, 576)) for name in METHODS}
         photos.append(Drawn(f"photo{number}", rough, "a caption", units, PatchGrid(24, 24, (80, 0, 560, 480)), maps))
     file = tmp_path / "index.html"
-    write_heatmap_page(photos, "rel", "Fifty photos", file)
+    write_heatmap_page([page_entry(photo) for photo in photos], "rel", "Fifty photos", file)
     assert file.stat().st_size < 10e6
     seconds = []
     for _ in range(3):

@@ -17,6 +17,7 @@ from common.config import NothingDone, UserError
 from data.annotations import find_photos
 from data.photos import open_photo
 from data.predictions import read_predictions
+from models.vlm import VisionLanguageModel
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +58,19 @@ def test_greedy_captions_are_those_of_a_plain_script(llava_folder, photos, tmp_p
 def test_sampled_captions_heed_neither_batch_nor_break(llava_folder, photos, tmp_path, monkeypatch):
     presets = ["best", "moderate", "diverse"]
     caption(llava_folder, photos, tmp_path / "whole.json", batch_size=8, decoding=presets)
-    looks = []
-    inputs = p1_llava_caption.load_llava.__globals__["Llava"].inputs
+    sizes, inputs = [], VisionLanguageModel.inputs
 
-    def stop_at_the_third(self, images):
-        looks.append(len(images))
-        if len(looks) == 3:
+    def stop_at_the_third(self, photos):
+        sizes.append(len(photos))
+        if len(sizes) == 3:
             raise KeyboardInterrupt
-        return inputs(self, images)
+        return inputs(self, photos)
 
-    monkeypatch.setattr("models.vlm.Llava.inputs", stop_at_the_third)
+    monkeypatch.setattr(VisionLanguageModel, "inputs", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         caption(llava_folder, photos, tmp_path / "broken.json", batch_size=3, decoding=presets)
     caption(llava_folder, photos, tmp_path / "broken.json", batch_size=2, decoding=presets)
-    assert looks == [3, 3, 2, 2]  # each photo is looked at once for all three decodings
+    assert sizes == [3, 3, 2, 2]  # each photo is encoded once for all three decodings
     for name in presets:
         whole, broken = (tmp_path / f"{run}.{name}.json" for run in ("whole", "broken"))
         assert whole.read_bytes() == broken.read_bytes()

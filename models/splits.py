@@ -1,0 +1,74 @@
+"""A split made ready for training: its photos, their cached features and their tokenised captions, in one order."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from common.config import UserError, check
+from data.batches import Row
+from data.features import Features
+from data.photos import Photo
+from models.captioner import Captioner
+from models.features import encode_files
+from models.packing import PackedBatch, pack_rows
+
+
+@dataclass
+class Split:
+    """N photos in one order."""
+
+    photos: list[Photo]
+    """Those that could be decoded."""
+    features: Features
+    """(N, P, D_image), read from disk as they are asked for."""
+    captions: list[list[list[int]]]
+    """Token ids of each photo's captions."""
+    eos: int
+    """The decoder's end token."""
+    caption_weights: list[dict[tuple[int, ...], float]] | None = None
+    """Weight in the loss of each of a photo's captions, by its token ids; without them each is 1."""
+
+    def inputs(self, batch: Sequence[Row], pin: bool = False) -> tuple[Tensor, PackedBatch]:
+        """Features of a batch's photos and its packed captions; `pin` them where they go to a GPU."""
+        features = self.features[[photo for photo, _ in batch]]
+        weights = self.caption_weights
+        weights = weights and [[weights[photo][tuple(one)] for one in captions] for photo, captions in batch]
+        packed = pack_rows([captions for _, captions in batch], self.eos, caption_weights=weights)
+        return (features.pin_memory(), packed.pin_memory()) if pin else (features, packed)
+
+
+def prepare_split(captioner: Captioner, photos: list[Photo], cache: Path, skip_bad_photos: bool = False) -> Split:
+    """Encode `photos` (or read their features from the folder `cache`) and tokenise their captions.
+
+    Raises UserError for captions longer than the decoder has positions for, and for photos that cannot be decoded;
+    with `skip_bad_photos` those are named on stderr and left out.
+    """
+    ids = captioner.tokenizer([c for photo in photos for c in photo.captions], add_special_tokens=False).input_ids
+    captioner.check_room(max(map(len, ids)), "annotations")
+    features, good, bad = encode_files(captioner.encoder, photos, cache)
+    if features is None:
+        raise UserError(f"images: none of {len(photos)} photos could be decoded, such as {bad[0]}")
+    if bad and not skip_bad_photos:
+        check([f"photo {error}" for error in bad] + ["skip_bad_photos goes on without them"])
+    for error in bad:
+        print(f"skipped photo {error}", file=sys.stderr)
+    rest = iter(ids)
+    captions = [[next(rest) for _ in photo.captions] for photo in photos]
+    eos = captioner.tokenizer.eos_token_id
+    return Split([photos[i] for i in good], features, [captions[i] for i in good], eos)
+
+
+def weigh_by_agreement(split: Split, agreement: dict[str, list[float]], power: float) -> None:
+    """Weigh each caption by the `agreement` of its photo's captions to that power; the mean of a photo's is 1.
+
+    The weighted cross-entropy of Phan et al. 2017, https://arxiv.org/abs/1712.09532, within each photo.
+    """
+    split.caption_weights = []
+    for photo, captions in zip(split.photos, split.captions):
+        powers = [score**power for score in agreement[photo.stem]]
+        mean = sum(powers) / len(powers)
+        weights = {tuple(ids): one / mean if mean else 1.0 for ids, one in zip(captions, powers)}
+        split.caption_weights.append(weights)
