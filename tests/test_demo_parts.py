@@ -13,9 +13,10 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 
 from common.config import UserError
+from data.photos import Photo, load_photo
 from demo import shapes, standins
 from models.packing import pack_rows
-from models.vlm import PROMPT, load_llava
+from models.vlm import PROMPT, load_vlm
 
 TRAIN, VAL = 60, 30
 WHERE = {phrase: name for name, phrases in shapes.WORDS.items() for phrase in phrases}
@@ -160,10 +161,13 @@ def test_overwrite_never_removes_what_it_did_not_make(tmp_path):
     assert (tmp_path / "letters").read_text() == "dear"
 
 
-def test_broken_off_work_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), shapes.made_whole(tmp_path / "out", {}, False) as part:
+def test_work_that_fails_leaves_nothing(tmp_path):
+    def fill(part: Path) -> None:
         (part / "half").write_text("written")
         raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        shapes.make_folder(tmp_path / "out", {}, False, fill)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -202,13 +206,13 @@ def test_standins_load_and_are_kept(root, tmp_path, capsys):
     loss = torch.nn.functional.cross_entropy(decoder(input_ids=packed.input_ids).logits[0], packed.labels[0])
     assert loss < 0.9 * np.log(len(tokenizer)), "twelve steps beat a uniform guess"
 
-    llava = load_llava(str(tmp_path / "llava"), PROMPT, torch.device("cpu"), torch.float32)
-    inputs = llava.inputs([Image.open(root / "images" / "val" / "val_00000.png")])
+    llava = load_vlm(str(tmp_path / "llava"), PROMPT, torch.device("cpu"), torch.float32)
+    inputs = llava.inputs([load_photo(Photo("val_00000", root / "images" / "val" / "val_00000.png"))])
     assert (inputs["input_ids"] == llava.model.config.image_token_id).sum() == 64
     seen = llava.model.model.vision_tower(photo[None]).last_hidden_state[:, 1:]
     torch.testing.assert_close(seen, patches["image_intermediates"][0], atol=1e-5, rtol=0)
     assert (inputs["pixel_values"][0] - photo).abs().mean() < 0.05, "both libraries' transforms, up to their resampling"
-    words = llava.processor.tokenizer
+    words = llava.tokenizer
     assert words.decode(words(caption)["input_ids"]) == caption and words.tokenize(caption)[0] == "\u2581a"
 
 

@@ -1,4 +1,4 @@
-"""The commands of the README that want a GPU and a model hub, run as they stand on stand-ins of the same names."""
+"""The README: its commands for real weights run on stand-ins of the same names, its links and pictures exist."""
 
 import json
 import math
@@ -78,3 +78,32 @@ def test_the_commands_for_real_weights_run_as_they_stand(place):
     assert (place / "runs/scores.html").is_file()
     for heatmaps in ("heatmaps", "heatmaps_llava"):
         assert len(list((place / "runs" / heatmaps).glob("*.png"))) == 2  # the best and the worst
+
+
+PAGES = [
+    HERE / "README.md",
+    HERE / "CONTRIBUTING.md",
+    HERE / "benchmarks/GPU.md",
+    *sorted((HERE / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if "://" not in target and not (page.parent / target).exists()] == []
+
+
+def test_pictures_are_small():
+    sizes = {path.name: path.stat().st_size for path in (HERE / "docs/images").iterdir()}
+    assert {"heatmap.png", "scores.png"} <= sizes.keys() and max(sizes.values()) <= 300_000
+
+
+def test_readme_names_files_that_exist():
+    """Paths such as `models/projector.py` or `data/photos` in the README and in docs/."""
+    for page in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))):
+        names = re.findall(
+            r"`((?:common|data|models|metrics|pages|demo|benchmarks|configs|tests)/[\w./]*)`", page.read_text()
+        )
+        missing = [name for name in names if not any((HERE / f"{name}{end}").exists() for end in ("", ".py"))]
+        assert missing == [], page.name
