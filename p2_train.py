@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,6 +34,7 @@ from data.prefetch import prefetch
 from metrics.cider import cider, consensus, find_java
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.checkpoint import check_checkpoint, find_checkpoint, load_trained, save_captioner
+from models.consensus import count_frequencies
 from models.decoder import DecoderConfig, LoraConfig, attention, causal_lm, check_decoder
 from models.decoding import Decoding
 from models.encoder import EncoderConfig, check_encoder
@@ -42,10 +43,12 @@ from models.projector import ProjectorConfig
 from models.splits import Split, prepare_split, weigh_by_agreement
 from models.training import (
     STAGES,
+    Average,
     Stage,
     check_stage,
     make_optimizer,
     make_schedule,
+    parameters_of,
     prepare_training,
     set_trainable,
 )
@@ -98,6 +101,8 @@ class Config:
     """Batches an optimizer step."""
     consensus: NonNegativeFloat = 0.0
     """Weigh each training caption by this power of its agreement (CIDEr-D) with its photo's others; 0: all alike."""
+    ema: ClosedUnitInterval = 0.0
+    """Decay of an exponential average of what trains, which is measured and kept in best/; 0: the weights as they are."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Clip the gradient to this norm; 0 does not."""
     precision: Precision = "float32"
@@ -130,6 +135,8 @@ def check_settings(cfg: Config) -> None:
         problems += check_stage(name, getattr(cfg, name))
     if not any(getattr(cfg, name).epochs for name in STAGES):
         problems.append("finetune.epochs: expected at least one stage that trains, got 0 epochs in all")
+    if cfg.ema == 1:
+        problems.append("ema: expected less than 1, since the average would never change, got 1")
     if cfg.batch_size % cfg.captions_per_row:
         problems.append(
             f"batch_size: expected a multiple of captions_per_row {cfg.captions_per_row}, got {cfg.batch_size}"
@@ -162,9 +169,10 @@ def resumed_state(cfg: Config) -> dict | None:
     if not cfg.resume or not file.exists():
         return None
     elsewhere = ("device", "features", "output", "data", "images", "val_images")  # the same run on another machine
-    before, now = flatten(yaml.safe_load(file.read_text(encoding="utf-8"))), flatten(settings_of(cfg))
-    changed = [key for key in now if key not in elsewhere and now[key] != before.get(key)]
-    check([f"resume: {key} was {before.get(key)}, is {now[key]}" for key in changed])
+    before = flatten(settings_of(Config())) | flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+    now = flatten(settings_of(cfg))
+    changed = [key for key in now if key not in elsewhere and now[key] != before[key]]
+    check([f"resume: {key} was {before[key]}, is {now[key]}" for key in changed])
     restore_folder(cfg.output / "last")
     state = cfg.output / "last" / "trainer.pt"
     if not state.exists():
@@ -211,22 +219,25 @@ class Trainer:
         cfg, stage, accelerator = self.cfg, getattr(self.cfg, name), self.accelerator
         self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         accelerator.free_memory()  # the optimizer of the stage before must not be stepped again
-        trainable = set_trainable(self.captioner, name, stage.lr)
+        groups = set_trainable(self.captioner, name, stage)
         epoch_steps = sum(1 for _ in self.optimizer_steps())
-        optimizer = make_optimizer(trainable, stage)
+        optimizer = make_optimizer(groups, stage)
         schedule = make_schedule(optimizer, stage, epoch_steps)
-        if "optimizer" in self.state:  # resumed inside this stage
-            optimizer.load_state_dict(self.state.pop("optimizer"))
-            schedule.load_state_dict(self.state.pop("schedule"))
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
+        average = Average(parameters_of(groups), cfg.ema)  # on the device by now
+        parts = {"optimizer": optimizer, "schedule": schedule, "average": average}
+        for part in self.state.keys() & parts.keys():  # resumed inside this stage
+            parts[part].load_state_dict(self.state.pop(part))
         for epoch in range(self.state["epoch"], math.ceil(stage.epochs)):
             count = min(epoch_steps, round(stage.epochs * epoch_steps) - epoch * epoch_steps)
             # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
             order = 1000 * cfg.seed + 100 * list(STAGES).index(name) + epoch
             start = time.monotonic()
-            self.train_epoch(f"{name} {epoch + 1}/{math.ceil(stage.epochs)}", order, count, optimizer, schedule)
+            self.train_epoch(f"{name} {epoch + 1}/{math.ceil(stage.epochs)}", order, count, **parts)
             self.state |= {"stage": name, "epoch": epoch + 1}
-            self.end_epoch(round(time.monotonic() - start, 1), optimizer, schedule)
+            with average.in_place():
+                self.measure(round(time.monotonic() - start, 1))
+            self.save_last(parts)
 
     def optimizer_steps(self, order: int | None = None) -> Iterator[tuple[list[list[Row]], int]]:
         """An epoch, shuffled by the seed `order`: batches of this process and tokens of all, by optimizer step."""
@@ -247,7 +258,7 @@ class Trainer:
         device = self.accelerator.device
         return model(features.to(device, non_blocking=features.is_pinned()), packed.to(device))[0]
 
-    def train_epoch(self, label: str, order: int, count: int, optimizer, schedule) -> None:
+    def train_epoch(self, label: str, order: int, count: int, optimizer, schedule, average: Average) -> None:
         """The first `count` optimizer steps of an epoch, behind a progress bar."""
         accelerator, start = self.accelerator, time.monotonic()
         steps = prefetch(islice(self.optimizer_steps(order), count), self.with_inputs)
@@ -264,9 +275,10 @@ class Trainer:
                 captions += sum(len(row) for _, row in batch)
             if self.cfg.max_grad_norm:
                 accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
-            lr = schedule.get_last_lr()[0]
+            lr = schedule.get_last_lr()[-1]  # of LoRA, where it trains
             optimizer.step()
             optimizer.zero_grad()
+            average.update()
             schedule.step()
             token_sum += tokens
             if step % 20 == 0 or step == count:  # reading the loss makes a GPU wait, so not at each step
@@ -284,8 +296,8 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------- the end of an epoch
 
-    def end_epoch(self, seconds: float, optimizer, schedule) -> None:
-        """Measure on the validation photos; write best/ where this is the best, last/, the log and loss.png."""
+    def measure(self, seconds: float) -> None:
+        """Measure on the validation photos; write the log, loss.png and, where this is the best, best/."""
         cfg, state = self.cfg, self.state
         self.captioner.eval()
         row = {"stage": state["stage"], "epoch": state["epoch"], "seconds": seconds}
@@ -302,10 +314,14 @@ class Trainer:
         if row.get("val_loss", -math.inf) < state["best"]:
             state["best"] = row.get("val_loss", math.inf)
             save_captioner(self.captioner, cfg.output / "best", torch_dtype(cfg.save_precision))
-        state["logged"] = len(self.log.rows())
-        progress = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        trainer = state | progress | {"rng": torch.get_rng_state()}
-        save_captioner(self.captioner, cfg.output / "last", extra={"trainer.pt": trainer})
+
+    def save_last(self, parts: dict) -> None:
+        """Write last/, where the run can go on; `parts` are what has a state_dict."""
+        if self.accelerator.is_main_process:
+            self.state["logged"] = len(self.log.rows())
+            trainer = self.state | {name: part.state_dict() for name, part in parts.items()}
+            trainer["rng"] = torch.get_rng_state()
+            save_captioner(self.captioner, self.cfg.output / "last", extra={"trainer.pt": trainer})
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -336,7 +352,7 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         captioner = build_captioner(model, load_weights=False)
         for name in STAGES:
-            set_trainable(captioner, name, getattr(cfg, name).lr)
+            set_trainable(captioner, name, getattr(cfg, name))
         return
     device = pick_device(cfg.device)
     if cfg.precision == "fp16" and device.type != "cuda":
@@ -355,6 +371,7 @@ def main(cfg: Config) -> None:
     prepare = partial(prepare_split, captioner, cache=cfg.features, skip_bad_photos=cfg.skip_bad_photos)
     with accelerator.main_process_first():  # the others find the features in the cache
         train, val = (prepare(photos) if photos else None for photos in sources)
+    captioner.frequencies = count_frequencies(photo.captions for photo in train.photos[:20_000])  # enough, if many
     if cfg.consensus:
         agreement = consensus({photo.stem: list(photo.captions) for photo in train.photos})
         weigh_by_agreement(train, agreement, cfg.consensus)

@@ -72,13 +72,13 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
     hub = True
     try:
         with hub_or_cache() as hub:
-            shape = _shape(where, load_weights, options)
+            if not (load_weights and options):  # reading a GGUF file takes seconds, and its model needs no change
+                options |= {"config": _shape(where, load_weights, options)}
             if not load_weights:
                 with torch.device("meta"):
-                    return AutoModelForCausalLM.from_config(shape), None
-            lm = AutoModelForCausalLM.from_pretrained(
-                where, config=shape, dtype=torch.float32, attn_implementation="sdpa", **options
-            )
+                    return AutoModelForCausalLM.from_config(options["config"]), None
+            lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, attn_implementation="sdpa", **options)
+            options.pop("config", None)
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # hub clients raise all sorts; the user needs one line
         reason = why(error, hub or Path(where).exists())
