@@ -85,8 +85,12 @@ def notice(text: str) -> None:
     print(f"evaluate.py: {text}", file=sys.stderr)
 
 
-def output_path(cfg: Config) -> Path:
-    """Where the scores go. Raises UserError where that or the page cannot be written, or the file holds no scores."""
+def check_settings(cfg: Config) -> Path:
+    """Check what can be checked before anything is scored, and return where the scores go. Raises UserError."""
+    if not cfg.metrics:
+        raise UserError("metrics: expected at least one, such as cider, got none")
+    if set(cfg.metrics) - CLIP_METRICS:
+        find_java()
     first = cfg.predictions[0]
     beside = first.name.removesuffix(".json") + ".scores.json" if len(cfg.predictions) == 1 else "scores.json"
     path = cfg.output or first.with_name(beside)
@@ -218,15 +222,11 @@ def fixed_point(score: float | None) -> str:
 
 
 def main(cfg: Config) -> None:
-    if not cfg.metrics:
-        raise UserError("metrics: expected at least one, such as cider, got none")
     with_clip = bool(CLIP_METRICS & set(cfg.metrics))
     captions = read_runs(cfg.predictions)
     annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split)
     inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, with_clip)
-    output = output_path(cfg)
-    if set(cfg.metrics) - CLIP_METRICS:
-        find_java()
+    output = check_settings(cfg)
     for text in inputs.notices:
         notice(text)
 

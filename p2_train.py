@@ -25,7 +25,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import UserError, changed, check, plain, run
+from common.config import UserError, check, flatten, plain, run
 from common.device import Precision, pick_device, seed_everything, torch_dtype
 from common.files import JsonLines, folder_problems, remove_folder, restore_folder, written_whole
 from data.annotations import read_splits
@@ -141,11 +141,8 @@ def check_settings(cfg: Config) -> None:
             problems.append("data: expected either data, or annotations and images, got both")
         if cfg.val_cider and cfg.data is None and cfg.val_annotations is None:
             problems.append("val_cider: needs validation photos, none given")
-        if cfg.output is None:
-            problems.append("output: required, not given")
-        else:
-            hint = "--resume goes on with it, --overwrite replaces it"
-            problems += folder_problems(cfg.output, cfg.overwrite or cfg.resume, hint, marker="config.yaml")
+        hint = "--resume goes on with it, --overwrite replaces it"
+        problems += folder_problems(cfg.output, cfg.overwrite or cfg.resume, hint, marker="config.yaml")
     check(problems)
     if cfg.val_cider or cfg.consensus:
         find_java()
@@ -165,9 +162,9 @@ def resumed_state(cfg: Config) -> dict | None:
     if not cfg.resume or not file.exists():
         return None
     elsewhere = ("device", "features", "output", "data", "images", "val_images")  # the same run on another machine
-    now = {key: value for key, value in settings_of(cfg).items() if key not in elsewhere}
-    changes = changed(yaml.safe_load(file.read_text(encoding="utf-8")), now)
-    check([f"resume: {key} was {before}, is {after}" for key, before, after in changes])
+    before, now = flatten(yaml.safe_load(file.read_text(encoding="utf-8"))), flatten(settings_of(cfg))
+    changed = [key for key in now if key not in elsewhere and now[key] != before.get(key)]
+    check([f"resume: {key} was {before.get(key)}, is {now[key]}" for key in changed])
     restore_folder(cfg.output / "last")
     state = cfg.output / "last" / "trainer.pt"
     if not state.exists():

@@ -189,22 +189,6 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, value before, value now) of each setting of `now` that differs.
-
-    >>> changed({"lr": 1, "lora": {"rank": 8}}, {"lr": 1, "lora": {"rank": 16}})
-    [('lora.rank', 8, 16)]
-    """
-    found = []
-    for key, value in now.items():
-        old = before.get(key) if isinstance(before, dict) else None
-        if isinstance(value, dict):
-            found += changed(old or {}, value, f"{prefix}{key}.")
-        elif value != old:
-            found.append((prefix + key, old, value))
-    return found
-
-
 def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | None = None) -> None:
     """Parse the command line, call `main` with it and end the process with the suite's exit codes."""
 

@@ -35,11 +35,13 @@ def check_output(path: Path, overwrite: bool, key: str = "output") -> None:
         raise UserError(f"{key}: {path} cannot be written: no permission")
 
 
-def folder_problems(folder: Path, replace: bool, hint: str, marker: str | None = None) -> list[str]:
+def folder_problems(folder: Path | None, replace: bool, hint: str, marker: str | None = None) -> list[str]:
     """What is wrong with an output folder: it is a file, or it exists and may not be replaced.
 
     `hint` says what to do then. With a `marker`, a folder that is not empty must hold a file of this name.
     """
+    if folder is None:
+        return ["output: required, not given"]
     if folder.exists() and not folder.is_dir():
         return [f"output: {folder} is a file; expected the name of a folder"]
     if not folder.exists() or not any(folder.iterdir()):

@@ -24,6 +24,8 @@ class DecoderConfig:
 
     model: str = "gpt2"
     """Hub id, local folder, pip:PACKAGE, or a folder of decoder_model.bin, encoder.json and vocab.bpe (GPT-2 small)."""
+    start_token: bool = False
+    """Put the decoder's own first token before the image, as in its pretraining: attention can rest on it."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,11 @@ def _load_course_form(folder: Path, load_weights: bool) -> tuple[nn.Module, obje
         raise UserError(f"{weights}: expected GPT-2 small's state dict: {' '.join(str(error).split())[:200]}") from None
     tokenizer = GPT2Tokenizer(vocab=str(vocab), merges=str(merges))
     return lm.eval(), tokenizer
+
+
+def first_token(tokenizer) -> int:
+    """The token that began the texts of pretraining: BOS, or EOS where a tokenizer has no BOS."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def linear_layers(lm: nn.Module) -> list[str]:
