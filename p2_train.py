@@ -102,7 +102,7 @@ class Config:
     consensus: NonNegativeFloat = 0.0
     """Weigh each training caption by this power of its agreement (CIDEr-D) with its photo's others; 0: all alike."""
     ema: ClosedUnitInterval = 0.0
-    """Decay of an exponential average of what trains, which is measured and kept in best/; 0: the weights as they are."""
+    """Decay of an exponential average of what trains, measured and kept in best/; 0: the weights themselves."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Clip the gradient to this norm; 0 does not."""
     precision: Precision = "float32"
