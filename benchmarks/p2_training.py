@@ -21,7 +21,7 @@ from benchmarks.measure import Products, Rounds, by_device, interleaved, peak_me
 from common.config import run
 from common.device import pick_device, seed_everything
 from data.photos import open_photo
-from models.captioner import Captioner
+from models.captioner import Captioner, CaptionerConfig
 from models.decoder import LoraConfig, add_lora
 from models.encoder import EncoderConfig, build_encoder
 from models.features import encode_files
@@ -50,7 +50,7 @@ def build(name: str, device: torch.device) -> Captioner:
     for key, parameter in decoder.named_parameters():
         if "lora_B" in key:
             nn.init.normal_(parameter, std=0.02)
-    captioner = Captioner(nn.Identity(), projector, decoder, SimpleNamespace(eos_token_id=EOS), None)
+    captioner = Captioner(nn.Identity(), projector, decoder, SimpleNamespace(eos_token_id=EOS), CaptionerConfig())
     return captioner.to(device).train()
 
 
