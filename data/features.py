@@ -58,8 +58,7 @@ class FeatureCache:
             raise UserError(f"features: {self.folder} cannot be written: {error.strerror}") from None
         needed, free = self.bytes * count / 1e9, shutil.disk_usage(self.folder).free / 1e9
         if needed > free:
-            need = f"needs {needed:.1f} GB for {count} photos, {free:.1f} GB are free"
-            raise UserError(f"features: {self.folder} {need}")
+            raise UserError(f"features: {self.folder} needs {needed:.1f} GB for {count} photos, {free:.1f} GB are free")
 
 
 class Features:
@@ -67,9 +66,6 @@ class Features:
 
     def __init__(self, cache: FeatureCache, keys: Sequence[str]):
         self.cache, self.keys = cache, list(keys)
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
     def __getitem__(self, photos: Sequence[int]) -> Tensor:
         """Indices of B photos -> (B, P, D). Raises UserError where one is no longer in the cache."""
