@@ -21,8 +21,7 @@ def plot_losses(rows: list[dict], file: Path) -> None:
                 validation.append((done, row["val_loss"]))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    if training:
-        axes.plot(*zip(*training), linewidth=1, label="training")
+    axes.plot(*zip(*training), linewidth=1, label="training")
     if validation:
         axes.plot(*zip(*validation), "o-", label="validation, at each epoch's end")
     for stage, start in stages.items():
