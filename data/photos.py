@@ -142,8 +142,7 @@ class PhotoBatches:
 
     def __iter__(self) -> Iterator[list[LoadedPhoto]]:
         self.bad.clear()
-        total = self.done + len(self.photos)
-        with tqdm(total=total, initial=self.done, desc=self.label, unit="photo") as bar:
+        with tqdm(total=self.done + len(self.photos), initial=self.done, desc=self.label, unit="photo") as bar:
             good = self._good(bar)
             while batch := list(islice(good, self.batch_size)):
                 yield batch

@@ -94,10 +94,9 @@ def _check_names(name: str, pretrained: str) -> None:
 def tokenize(clip: Clip, captions: Sequence[str]) -> tuple[Tensor, list[bool]]:
     """Token ids (N, context length), and which captions were too long. Those are cut; their end token is kept."""
     tokens = clip.tokenizer(list(captions))
-    length = tokens.shape[1]
     # with room for one more token, only the ids of a caption that was cut are different
-    longer = clip.tokenizer(list(captions), context_length=length + 1)[:, :length]
-    return tokens, (tokens != longer).any(dim=1).tolist()
+    longer = clip.tokenizer(list(captions), context_length=tokens.shape[1] + 1)
+    return tokens, (tokens != longer[:, :-1]).any(dim=1).tolist()
 
 
 @torch.inference_mode()
