@@ -24,7 +24,8 @@ from common.config import NothingDone, UserError
 from common.config import run as run_script
 from common.device import pick_device
 from common.files import check_output, write_json
-from data.evaluation import Inputs, MissingPolicy, first_of, match, read_references, read_runs
+from data.evaluation import Inputs, MissingPolicy, match, read_references, read_runs
+from data.photos import first_of
 from metrics import MetricUnavailable
 from metrics.cider import find_java
 from metrics.clipscore import Clip, ClipVectors, ImageTower, encode_captions, load_clip, tokenize

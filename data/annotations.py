@@ -9,7 +9,7 @@ from pathlib import Path
 from common.config import UserError, check
 from common.files import read_text
 from data.forms import EXPECTED, Contents, is_unicode, read_contents
-from data.photos import PHOTO_SUFFIXES, Photo
+from data.photos import PHOTO_SUFFIXES, Photo, first_of
 
 Source = tuple[Path | None, Path | None]  # annotations, folder of photos
 
@@ -28,7 +28,7 @@ def read_annotations(
     Raises UserError for a file that is of no known form or has faults (unknown or repeated ids, missing keys,
     captions that are empty or no text), photos that are not in `images`, and two photos of one stem.
     """
-    contents = _contents(annotations)
+    contents = read_contents(annotations, read_text(annotations, EXPECTED))
     names = [name for name, captions in contents.captions.items() if captions]
     if split is not None:
         names = _of_split(annotations, contents, names, split)
@@ -43,7 +43,7 @@ def read_annotations(
         paths = [_in_folder(images, name) for name in names]
         missing = [name for name, path in zip(names, paths) if path is None]
         if missing:
-            raise UserError(f"{images}: {_first(missing)} of {annotations} not there")
+            raise UserError(f"{images}: {first_of(missing)} of {annotations} not there")
     return _photos(names, paths, contents.captions)
 
 
@@ -64,12 +64,12 @@ def find_photos(images: Path, limit: int | None = None) -> list[Photo]:
         contents = read_contents(images, text, captioned=False)
         names = list(contents.captions if contents else _lines(text))[:limit]
         paths = _beside(images, names) if contents else [images.parent / name for name in names]
-        missing = [path for path in paths or () if not os.path.isfile(path)]
-        if missing:
-            raise UserError(f"{images}: {_first(missing)} not there; expected one path a line")
         if paths is None:
             looked = f"looked in {', '.join(map(str, _folders_beside(images)))}"
-            raise UserError(f"{images}: {_first(names)} do not all lie in one folder beside it; {looked}")
+            raise UserError(f"{images}: {first_of(names)} do not all lie in one folder beside it; {looked}")
+        missing = [path for path in paths if not os.path.isfile(path)]
+        if missing:
+            raise UserError(f"{images}: {first_of(missing)} not there; expected one path a line")
     if not paths:
         raise UserError(f"{images}: no photos there ({' '.join(sorted(PHOTO_SUFFIXES))})")
     return _photos([str(path) for path in paths], paths)
@@ -90,7 +90,8 @@ def find_data(root: Path, split: str) -> tuple[Path, Path]:
 
 def names_splits(annotations: Path) -> bool:
     """Whether `annotations` is cut into splits itself, by a field or by Flickr8k's lists beside it."""
-    return os.path.isfile(annotations.parent / "Flickr_8k.trainImages.txt") or bool(_contents(annotations).splits)
+    listed = os.path.isfile(annotations.parent / "Flickr_8k.trainImages.txt")
+    return listed or bool(read_contents(annotations, read_text(annotations, EXPECTED)).splits)
 
 
 def read_splits(
@@ -118,27 +119,18 @@ def read_splits(
 # ------------------------------------------------------------------------------------------- names and captions
 
 
-def _contents(annotations: Path) -> Contents:
-    text = read_text(annotations, EXPECTED)
-    contents = read_contents(annotations, text)
-    if contents is None:
-        raise UserError(f"{annotations}: {'not a known form' if text.strip() else 'empty'}; expected {EXPECTED}")
-    return contents
-
-
 def _of_split(annotations: Path, contents: Contents, names: list[str], split: str) -> list[str]:
     splits, asked = set(contents.splits.values()), "val" if split == "dev" else split
     if asked in splits:
         wanted = {"train", "restval"} if asked == "train" else {asked}
         return [name for name in names if contents.splits.get(name) in wanted]
-    flickr = {"train": "train", "val": "dev", "test": "test"}.get(asked)
-    lists = [Path(split)] + [annotations.parent / f"Flickr_8k.{flickr}Images.txt"] * (flickr is not None)
-    found = next((path for path in lists if os.path.isfile(path)), None)
-    if found is None:
-        has = f"its splits are {', '.join(sorted(splits))}" if splits else f"no list {lists[-1].name} beside it"
+    beside = f"Flickr_8k.{'dev' if asked == 'val' else asked}Images.txt"
+    file = Path(split) if os.path.isfile(split) else annotations.parent / beside
+    if not os.path.isfile(file):
+        has = f"its splits are {', '.join(sorted(splits))}" if splits else f"no list {beside} beside it"
         raise UserError(f"split: {split!r} is neither a split of {annotations} ({has}) nor a file that lists photos")
-    listed = set(_lines(read_text(found)))
-    check([f"{found}: {name} has no caption in {annotations}" for name in sorted(listed - set(names))])
+    listed = set(_lines(read_text(file)))
+    check([f"{file}: {name} has no caption in {annotations}" for name in sorted(listed - set(names))])
     return [name for name in names if name in listed]
 
 
@@ -156,12 +148,6 @@ def _photos(names: list[str], paths: list, captions: dict[str, list[str]] | None
 
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def _first(names: list, shown: int = 3) -> str:
-    """`12 photos (a.jpg, b.jpg, c.jpg, ...)`."""
-    listed = ", ".join(str(name)[-120:] for name in names[:shown])
-    return f"{len(names)} photo{'s' * (len(names) > 1)} ({listed}{', ...' * (len(names) > shown)})"
 
 
 # ------------------------------------------------------------------------------------------- where photos lie

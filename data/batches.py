@@ -8,11 +8,7 @@ Row = tuple[int, list[Caption]]  # (index of the photo, captions that share its 
 
 
 def epoch_batches(
-    captions: Sequence[Sequence[Caption]],
-    batch_size: int,
-    captions_per_row: int,
-    seed: int | None = None,
-    bucket: bool = False,
+    captions: list[list[Caption]], batch_size: int, captions_per_row: int, seed: int | None = None, bucket: bool = False
 ) -> list[list[Row]]:
     """Cut one epoch, every (photo, caption) pair once, into batches of `batch_size` captions.
 

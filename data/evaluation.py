@@ -1,13 +1,14 @@
 """What evaluate.py scores: captions of one or more runs, matched with the photos and their references."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from common.config import UserError, check
 from data.annotations import find_data, read_annotations
-from data.photos import Photo
+from data.photos import Photo, first_of
 from data.predictions import meta_path, read_predictions
 
 LONG = 100  # words; a longer caption is most likely one that repeats itself
@@ -42,9 +43,8 @@ class Inputs:
 
 def read_runs(predictions: list[Path]) -> list[Run]:
     """The captions of each file. A run has its file's name, or the whole path where two files have the same name."""
-    twice = [path for path in dict.fromkeys(predictions) if predictions.count(path) > 1]
     check([] if predictions else ["predictions: expected at least one file"])
-    check([f"predictions: {path} is given twice" for path in twice])
+    check([f"predictions: {path} is given twice" for path, count in Counter(predictions).items() if count > 1])
     names = [path.name.removesuffix(".json") for path in predictions]
     if len(set(names)) < len(names):
         names = list(map(str, predictions))
@@ -94,11 +94,8 @@ def match(
         absent = [stem for stem in photos if stem not in run.captions and stem not in run.undecoded]
         left_out.update(undecoded, absent if missing == "skip" else ())
         if absent and missing == "error":
-            problems.append(
-                f"predictions: {run.path} has no caption for {first_of(absent)} of {annotations}; caption them, give "
-                "--missing skip or zero, or score against annotations of the captioned photos only (--limit takes the "
-                "first ones)"
-            )
+            hint = "caption them, give --missing skip or zero, or annotations (or --limit) of the captioned photos only"
+            problems.append(f"predictions: {run.path} has no caption for {first_of(absent)} of {annotations}; {hint}")
         notices += _notices(run, undecoded, absent, missing)
     check(problems)
 
@@ -122,13 +119,3 @@ def _notices(run: Run, undecoded: list[str], absent: list[str], missing: Missing
         (long, f"{run.path}: more than {LONG} words in the caption of {first_of(long)}; this changes BLEU much"),
     ]
     return [text for stems, text in notices if stems]
-
-
-def first_of(stems: list[str], shown: int = 5) -> str:
-    """`3 photos (a, b, c)`; of many photos only the first are named.
-
-    >>> first_of(["a", "b", "c"], shown=2)
-    '3 photos (a, b and 1 more)'
-    """
-    rest = f" and {len(stems) - shown} more" if len(stems) > shown else ""
-    return f"{len(stems)} photo{'s' * (len(stems) > 1)} ({', '.join(stems[:shown])}{rest})"

@@ -6,7 +6,6 @@ the folder.
 """
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.config import UserError
-from common.files import written_whole
+from common.files import check_output, written_whole
 
 
 class FeatureCache:
@@ -51,15 +50,10 @@ class FeatureCache:
 
     def check_room(self, count: int) -> None:
         """Make the folder. Raises UserError where it cannot be written, or has no room for `count` more photos."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            raise UserError(f"features: {self.folder} cannot be written: {error.strerror}") from None
+        check_output(self.folder / "photo.bin", overwrite=True, key="features")
         needed, free = self.bytes * count / 1e9, shutil.disk_usage(self.folder).free / 1e9
         if needed > free:
-            need = f"needs {needed:.1f} GB for {count} photos, {free:.1f} GB are free"
-            raise UserError(f"features: {self.folder} {need}")
+            raise UserError(f"features: {self.folder} needs {needed:.1f} GB for {count} photos, {free:.1f} GB are free")
 
 
 class Features:
@@ -67,9 +61,6 @@ class Features:
 
     def __init__(self, cache: FeatureCache, keys: Sequence[str]):
         self.cache, self.keys = cache, list(keys)
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
     def __getitem__(self, photos: Sequence[int]) -> Tensor:
         """Indices of B photos -> (B, P, D). Raises UserError where one is no longer in the cache."""

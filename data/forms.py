@@ -62,9 +62,9 @@ def get(record: Any, *keys: str, kind: Any = str) -> Any:
         if isinstance(values.get(key), kind) and record[key] != "":
             return record[key]
     words = {str: "text", list: "a list"}.get(kind, "a number or text")
-    found = next((key for key in keys if key in values), None)
-    got = record[found] if found else record
-    raise Fault(f"expected an object with {found or ' or '.join(keys)} as {words}, got {got!r:.60}")
+    there = [key for key in keys if key in values] or keys
+    got = values.get(there[0], record)
+    raise Fault(f"expected an object with {' or '.join(there)} as {words}, got {got!r:.60}")
 
 
 def has(key: str, records: Any) -> bool:
@@ -90,9 +90,7 @@ def read_coco(file: Contents, data: dict) -> None:
             if key in names:
                 raise Fault(f"id {key} is also the id of {names[key]}")
             names[key] = file.add(get(image, name_key, kind=(int, str)))
-    if not file.captioned:
-        return
-    annotations = get(data, "annotations", kind=list)
+    annotations = get(data, "annotations", kind=list) if file.captioned else []
     if annotations and not has("caption", annotations):
         raise Fault("no annotation has a caption; expected COCO's captions, not its instances or keypoints")
     for number, record in enumerate(annotations):
@@ -185,36 +183,33 @@ EXPECTED = ", ".join(name for name, _, _ in FORMS)
 
 
 def parse(where: object, text: str, expected: str = EXPECTED, **options: Any) -> Any:
-    """The JSON value in `text`, a list of them where each line holds one, or `text` itself where it is no JSON.
+    """The JSON value in `text`, a list of them where each line holds an object, or `text` itself where it is no JSON.
 
     `options` go to `json.loads`. Raises UserError, which begins with `where`, for damaged JSON.
     """
-    if first_line(text)[:1] not in ("{", "["):
+    first, _, rest = text.lstrip().partition("\n")
+    if first[:1] not in ("{", "["):
         return text
+    if first.rstrip().endswith("}") and rest.lstrip().startswith("{"):  # an object a line, as no single value has it
+        text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
     try:
-        try:
-            return json.loads(text, **options)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":
-                raise
-            lines = ",\n".join(line for line in text.split("\n") if line.strip())
-            return json.loads(f"[{lines}]", **options)
+        return json.loads(text, **options)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); expected {expected}") from None
 
 
 def read_contents(where: object, text: str, captioned: bool = True) -> Contents | None:
-    """What the text of a file holds; None for plain text that is of no form.
+    """What the text of a file holds. Raises UserError, which begins with `where`, for faults and unknown forms.
 
-    Raises UserError, which begins with `where`, for faults (with `captioned` False not for those of COCO's captions),
-    and for JSON that is of no form.
+    With `captioned` False the photos alone are wanted: the captions of COCO's form are not read, and plain text that
+    is of no form gives None.
     """
     content, file = parse(where, text), Contents(captioned)
     read = next((read for _, tells, read in FORMS if tells(content)), None)
-    if read is None and not isinstance(content, str):
-        raise UserError(f"{where}: not a known form; expected {EXPECTED}")
     if read is None:
-        return None
+        if isinstance(content, str) and not captioned:
+            return None
+        raise UserError(f"{where}: {'not a known form' if text.strip() else 'empty'}; expected {EXPECTED}")
     try:
         read(file, content)
     except Fault as fault:

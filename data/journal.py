@@ -27,19 +27,17 @@ class Journal:
     def __init__(self, output: Path, settings: dict[str, dict[str, Any]], overwrite: bool = False):
         self.start, stem = time.monotonic(), output.name.removesuffix(".json")
         self.settings = json.loads(json.dumps(settings, default=str))
-        self.outputs = {name: output.with_name(f"{stem}.{name}.json") for name in settings}
-        if len(settings) == 1:
-            self.outputs = dict.fromkeys(settings, output)
+        several = len(settings) > 1
+        self.outputs = {name: output.with_name(f"{stem}.{name}.json") if several else output for name in settings}
         self.file = JsonLines(output.with_name(f"{stem}.journal.jsonl"))
         self.captions: dict[str, dict[str, str]] = {}
         """{stem: {name of the decoding: caption}}"""
         check_output(self.file.path, overwrite=True)
-        if not overwrite:
-            self._read()
-        for path in self.outputs.values():  # a run killed between its last two steps leaves both journal and output
-            check_output(path, overwrite or bool(self.captions))
         if overwrite:
             self.file.path.unlink(missing_ok=True)
+        self._read()
+        for path in self.outputs.values():  # a run killed between its last two steps leaves both journal and output
+            check_output(path, overwrite or bool(self.captions))
 
     def _read(self) -> None:
         try:

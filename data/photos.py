@@ -5,6 +5,7 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,9 +22,6 @@ PHOTO_SUFFIXES = {*".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff 
 # Named, since otherwise PIL also runs Ghostscript on PostScript, and registers formats late, a race between threads.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
-MAX_PIXELS = 178_956_970
-"""Photos with more pixels are refused before decoding; the size at which PIL, too, speaks of a decompression bomb."""
-
 # Damaged EXIF and large photos make PIL warn though the photo reads well. A filter that stands, since
 # `warnings.catch_warnings` around each photo would swap the whole process's filters under the other threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -36,6 +34,17 @@ class Photo:
     stem: str
     path: Path | None
     captions: tuple[str, ...] = ()
+
+
+def first_of(names: Sequence[str | Path], shown: int = 5) -> str:
+    """`3 photos (a, b, c)`; of many photos only the first are named, of long names only the end.
+
+    >>> first_of(["a", "b", "c"], shown=2)
+    '3 photos (a, b and 1 more)'
+    """
+    listed = ", ".join(str(name)[-120:] for name in names[:shown])
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{len(names)} photo{'s' * (len(names) > 1)} ({listed}{rest})"
 
 
 class BadPhoto(Exception):
@@ -65,7 +74,7 @@ def open_photo(path: Path) -> Image.Image:
     """The photo at `path`, decoded to its last byte, as an upright RGB image (8 bits a channel).
 
     EXIF rotation is applied, transparency is laid on white, 16-bit and wider grey is scaled to 8 bits, and of an
-    animation the first frame is taken. Raises BadPhoto for what cannot be decoded or has more than MAX_PIXELS.
+    animation the first frame is taken. Raises BadPhoto for what cannot be decoded or has more than 178,956,970 pixels.
     """
     return load_photo(Photo(path.stem, path)).image
 
@@ -86,35 +95,22 @@ def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> Load
         raise BadPhoto(path, "not a photo in a known format" if content else "empty file") from None
     except FileNotFoundError:
         raise BadPhoto(path, "no such file") from None
-    except Image.DecompressionBombError:
-        raise BadPhoto(path, f"too large, more than {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # decoders of damaged files raise almost anything: SyntaxError, struct.error, ...
+    except Exception as error:  # PIL refuses huge photos; decoders of damaged files raise almost anything
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         raise BadPhoto(path, f"cannot be decoded ({reason})") from None
 
 
 def _decode(content: bytes) -> Image.Image:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError
         image.load()
-        return _rgb(_upright(image))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF that cannot be parsed says nothing of the rotation; the pixels are sound
-        return image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _grey8(image).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        with suppress(Exception):  # EXIF that cannot be parsed says nothing of the rotation; the pixels are sound
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = _grey8(image)
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def _grey8(image: Image.Image) -> Image.Image:
@@ -139,16 +135,14 @@ class PhotoBatches:
     workers: int = 2
     label: str = "photos"
     done: int = 0
-    """Photos that an earlier run finished, of `total` (by default these and `photos`)."""
-    total: int | None = None
+    """Photos that an earlier run finished."""
     known: Callable[[str], bool] | None = None
     """A photo whose hash is known is not decoded."""
     bad: list[BadPhoto] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[list[LoadedPhoto]]:
         self.bad.clear()
-        total = self.total or self.done + len(self.photos)
-        with tqdm(total=total, initial=self.done, desc=self.label, unit="photo") as bar:
+        with tqdm(total=self.done + len(self.photos), initial=self.done, desc=self.label, unit="photo") as bar:
             good = self._good(bar)
             while batch := list(islice(good, self.batch_size)):
                 yield batch

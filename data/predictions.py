@@ -17,17 +17,13 @@ def read_predictions(path: Path) -> dict[str, str]:
     Raises UserError for a file that is not one JSON object, for a stem that stands there twice, and for a caption
     that is not text or holds a lone surrogate (half a UTF-16 pair, which no tokenizer takes).
     """
-    keys: list[str] = []
-
-    def note_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys.extend(key for key, _ in pairs)
-        return dict(pairs)
-
-    captions = parse(path, read_text(path), EXPECTED, object_pairs_hook=note_keys)
-    if not isinstance(captions, dict):
-        kind = "text that is not JSON" if isinstance(captions, str) else f"a {type(captions).__name__}"
+    # an object as a tuple of its pairs, since a dict would keep only the last caption of a stem
+    pairs = parse(path, read_text(path), EXPECTED, object_pairs_hook=tuple)
+    if not isinstance(pairs, tuple):
+        kind = "text that is not JSON" if isinstance(pairs, str) else f"a {type(pairs).__name__}"
         raise UserError(f"{path}: holds {kind}; expected {EXPECTED}")
-    check([f"{path}: stem {stem!r} stands there twice" for stem, times in Counter(keys).items() if times > 1])
+    captions, counts = dict(pairs), Counter(stem for stem, _ in pairs)
+    check([f"{path}: stem {stem!r} stands there twice" for stem, count in counts.items() if count > 1])
     no_text = [stem for stem, caption in captions.items() if not isinstance(caption, str)]
     check([f"{path}: caption of {stem!r} is {captions[stem]!r:.60}, expected text" for stem in no_text])
     broken = [stem for stem, caption in captions.items() if not is_unicode(stem + caption)]

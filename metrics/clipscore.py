@@ -62,10 +62,7 @@ def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", devi
     hub = True
     try:
         with hub_or_cache() as hub:
-            model, _, transform = open_clip.create_model_and_transforms(
-                name, pretrained=pretrained if built_in else None, device=device, precision="fp32",
-                require_pretrained=True,
-            )  # fmt: skip
+            model, transform = open_clip.create_model_from_pretrained(name, pretrained, "fp32", device)
             tokenizer, architecture = open_clip.get_tokenizer(name), open_clip.get_model_config(name)
     except Exception as error:  # open_clip, huggingface_hub, torch and safetensors each raise their own kinds
         if local:
@@ -97,10 +94,9 @@ def _check_names(name: str, pretrained: str) -> None:
 def tokenize(clip: Clip, captions: Sequence[str]) -> tuple[Tensor, list[bool]]:
     """Token ids (N, context length), and which captions were too long. Those are cut; their end token is kept."""
     tokens = clip.tokenizer(list(captions))
-    length = tokens.shape[1]
     # with room for one more token, only the ids of a caption that was cut are different
-    longer = clip.tokenizer(list(captions), context_length=length + 1)[:, :length]
-    return tokens, (tokens != longer).any(dim=1).tolist()
+    longer = clip.tokenizer(list(captions), context_length=tokens.shape[1] + 1)
+    return tokens, (tokens != longer[:, :-1]).any(dim=1).tolist()
 
 
 @torch.inference_mode()
@@ -139,6 +135,5 @@ def clip_scores(photos: Tensor, captions: Tensor) -> Tensor:
 
 def ref_clip_scores(scores: Tensor, captions: Tensor, references: Sequence[Tensor]) -> Tensor:
     """RefCLIPScore (N,) from CLIPScore (N,), captions (N, D) and the references (K, D) of each photo."""
-    pairs = zip(references, captions)
-    nearest = torch.stack([(vectors @ caption).max() for vectors, caption in pairs]).clamp(min=0)
+    nearest = torch.stack([(vectors @ caption).max() for vectors, caption in zip(references, captions)]).clamp(min=0)
     return 2 * scores * nearest / (scores + nearest).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -9,7 +9,7 @@ auroc                 chance that a patch on the object has a higher value than 
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,18 +37,13 @@ def find_named(words: Sequence[str], names: dict[str, Iterable[str]]) -> list[tu
     [('dog', (5,)), ('red circle', (1, 2))]
     """
     bare = [re.sub(r"^\W+|\W+$", "", word.lower()) for word in words]
-    found = []
+    places: dict[str, list[tuple[int, ...]]] = {}
     for name, phrases in names.items():
-        matches = (
-            tuple(range(start, start + len(phrase)))
-            for phrase in map(str.split, phrases)
-            for start in range(len(bare) - len(phrase) + 1)
-            if bare[start : start + len(phrase)] == phrase
-        )
-        first = min(matches, default=None)
-        if first is not None:
-            found.append((name, first))
-    return found
+        for phrase in map(str.split, phrases):
+            for start in range(len(bare) - len(phrase) + 1):
+                if bare[start : start + len(phrase)] == phrase:
+                    places.setdefault(name, []).append(tuple(range(start, start + len(phrase))))
+    return [(name, min(of_object)) for name, of_object in places.items()]
 
 
 def cover_on_grid(mask: np.ndarray, box: tuple[float, float, float, float], grid: tuple[int, int]) -> np.ndarray:
@@ -116,43 +111,13 @@ def _compare_objects(maps: np.ndarray, covers: np.ndarray) -> dict[str, tuple[fl
 
 def _score_each(maps: np.ndarray, covers: np.ndarray) -> dict[str, tuple[float, float]]:
     """Pointing, energy, lift and AUROC of (K, P) maps and masks of objects."""
-    sums = dict.fromkeys(("pointing", "energy", "lift", "auroc"), 0.0)
+    sums = np.zeros(4)
     for values, cover in zip(maps, covers):
         top, positive = values == values.max(), values.clip(min=0)
         energy = (positive * cover).sum() / positive.sum() if positive.any() else cover.mean()
-        sums["pointing"] += float((cover[top] >= cover.max() / 2).mean())  # a small object covers no patch fully
-        sums["energy"] += float(energy)
-        sums["lift"] += float(energy / cover.mean())
-        sums["auroc"] += auroc(values, cover, 1 - cover)
-    return {metric: (total, len(maps)) for metric, total in sums.items()}
-
-
-# ------------------------------------------------------------------------------------------- controls
-
-
-def centre(grid: tuple[int, int]) -> np.ndarray:
-    """(P) values that rise towards the middle of the grid."""
-    y, x = (np.linspace(-1, 1, size) for size in grid)
-    return np.exp(-(y[:, None] ** 2 + x[None, :] ** 2)).reshape(-1)
-
-
-Control = Callable[[np.ndarray, Sequence[Named], tuple[int, int], np.random.Generator], np.ndarray]
-CONTROLS: dict[str, Control] = {
-    "random maps": lambda maps, named, grid, rng: rng.random(maps.shape),
-    "centre": lambda maps, named, grid, rng: np.tile(centre(grid), (len(maps), 1)),
-    "caption mean": lambda maps, named, grid, rng: np.tile(maps.mean(axis=0), (len(maps), 1)),
-    "shuffled words": lambda maps, named, grid, rng: maps[rng.permutation(len(maps))],
-    "ground truth on the grid": lambda maps, named, grid, rng: ground_truth(maps, named),
-}
-"""Maps (W, P) that do not depend on the word or the photo, and as the upper limit the true masks."""
-
-
-def ground_truth(maps: np.ndarray, named: Sequence[Named]) -> np.ndarray:
-    """(W, P): each object's mask as the map of its words."""
-    truth = np.zeros_like(maps)
-    for one in named:
-        truth[list(one.words)] = one.cover
-    return truth
+        pointing = (cover[top] >= cover.max() / 2).mean()  # a small object covers no patch fully
+        sums += pointing, energy, energy / cover.mean(), auroc(values, cover, 1 - cover)
+    return {metric: (total, len(maps)) for metric, total in zip(("pointing", "energy", "lift", "auroc"), sums)}
 
 
 # ------------------------------------------------------------------------------------------- the table
@@ -163,25 +128,36 @@ class GroundingTable:
 
     def __init__(self, seed: int = 0):
         self.seed, self.rng = seed, np.random.default_rng(seed)
-        self.sums: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # row -> photo -> metric -> (sum, count)
+        self.parts: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # row -> metric -> photo -> (sum, count)
 
     def add(self, row: str, photo: str, maps: np.ndarray, named: Sequence[Named]) -> None:
         """Add one caption's maps (W, P) by one method."""
-        sums = self.sums.setdefault(row, {}).setdefault(photo, {metric: np.zeros(2) for metric in METRICS})
-        for metric, sum_and_count in ground(maps, named).items():
-            sums[metric] += sum_and_count
+        parts, found = self.parts.setdefault(row, {metric: {} for metric in METRICS}), ground(maps, named)
+        for metric in METRICS:
+            parts[metric][photo] = parts[metric].get(photo, np.zeros(2)) + found.get(metric, (0, 0))
 
     def add_controls(self, photo: str, maps: np.ndarray, named: Sequence[Named], grid: tuple[int, int]) -> None:
-        for name, control in CONTROLS.items():
-            self.add(name, photo, control(maps, named, grid, self.rng), named)
+        """Add maps that do not depend on the word or the photo, and as the upper limit the true masks."""
+        y, x = (np.linspace(-1, 1, size) for size in grid)
+        centre = np.exp(-(y[:, None] ** 2 + x[None, :] ** 2)).reshape(-1)  # rises towards the middle of the grid
+        truth = np.zeros_like(maps)
+        for one in named:
+            truth[list(one.words)] = one.cover
+        controls = {
+            "random maps": self.rng.random(maps.shape),
+            "centre": np.tile(centre, (len(maps), 1)),
+            "caption mean": np.tile(maps.mean(axis=0), (len(maps), 1)),
+            "shuffled words": maps[self.rng.permutation(len(maps))],
+            "ground truth on the grid": truth,
+        }
+        for name, of_control in controls.items():
+            self.add(name, photo, of_control, named)
 
     def scores(self) -> dict[str, dict[str, Score]]:
         """Each row's metrics, as means over objects."""
         return {
-            row: {
-                metric: _mean_over_objects({stem: sums[metric] for stem, sums in photos.items()}) for metric in METRICS
-            }
-            for row, photos in self.sums.items()
+            row: {metric: _mean_over_objects(of_photos) for metric, of_photos in by_metric.items()}
+            for row, by_metric in self.parts.items()
         }
 
     def summary(self, method: str, against: str = "last_mean") -> tuple[dict, str]:
@@ -195,30 +171,25 @@ class GroundingTable:
         for metric in ("match_at_1", "pair_win", "pointing"):
             first, second = scores[against][metric], scores[method][metric]
             if method != against and first.photos:
-                change = paired(first, second, list(first.parts), self.seed)
-                differences[metric] = change._asdict()
-                values = f"{change.difference:+.3f} [{change.low:+.3f}, {change.high:+.3f}]  p {change.p:.4f}"
+                change = paired(first, second, list(first.parts), self.seed)._asdict()
+                differences[metric] = change
+                values = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]  p {p:.4f}".format_map(change)
                 lines.append(f"{metric}, {method} less {against}: {values}")
-        photos, objects = len(self.sums[method]), self._objects(method, "pointing")
-        among_others = self._objects(method, "match_at_1")
-        named = f"{objects} objects named in {photos} photos"
+        parts = self.parts[method]
+        objects, among_others = (int(sum(parts[name].values())[1]) for name in ("pointing", "match_at_1"))
+        counts = {"photos": len(parts["pointing"]), "objects": objects, "objects_among_others": among_others}
+        named = f"{objects} objects named in {counts['photos']} photos"
         lines.append(f"{named}, {among_others} of them in captions that name two or more")
-        counts = {"photos": photos, "objects": objects, "objects_among_others": among_others}
-        content = {"method": method, **counts, "rows": rows, f"less_{against}": differences}
-        return content, "\n".join(lines)
+        return {"method": method, **counts, "rows": rows, f"less_{against}": differences}, "\n".join(lines)
 
     def _with_interval(self, score: Score) -> dict:
         if not score.photos:
             return {"score": None, "interval": None}
         return {"score": score.corpus, "interval": list(interval(score, list(score.parts), self.seed))}
 
-    def _objects(self, row: str, metric: str) -> int:
-        return int(sum(sums[metric][1] for sums in self.sums[row].values()))
 
-
-def _mean_over_objects(sums: dict[str, np.ndarray]) -> Score:
+def _mean_over_objects(parts: dict[str, np.ndarray]) -> Score:
     """The metric's score from each photo's (sum, number of objects)."""
-    parts = {stem: tuple(pair) for stem, pair in sums.items()}
     photos = {stem: float(total / count) for stem, (total, count) in parts.items() if count}
     return Score(float(ratio(np.array(list(parts.values())).sum(axis=0))), photos, parts)
 

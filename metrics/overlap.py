@@ -9,16 +9,15 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+from pycocoevalcap.meteor import meteor as official
+from pycocoevalcap.rouge.rouge import Rouge
 
 from metrics import MetricUnavailable
 from metrics.cider import find_java, ptb_tokenize, tokenize_pairs
 from metrics.statistics import Score, mean_score
 
 References, Predictions = dict[str, list[str]], dict[str, str]
-
-
-def _tokens(references: References, predictions: Predictions) -> tuple[References, References]:
-    return tokenize_pairs({photo: references[photo] for photo in predictions}, predictions)
 
 
 def bleu_of_sums(sums: np.ndarray, order: int) -> np.ndarray:
@@ -32,9 +31,7 @@ def bleu_of_sums(sums: np.ndarray, order: int) -> np.ndarray:
 
 def bleu(references: References, predictions: Predictions) -> dict[str, Score]:
     """BLEU-1 to BLEU-4 of the corpus (Papineni et al. 2002) as `bleu1`, ...; the reference of closest length counts."""
-    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-
-    gold, hypotheses = _tokens(references, predictions)
+    gold, hypotheses = tokenize_pairs(references, predictions)
     scorer = BleuScorer(n=4)
     for photo in predictions:
         scorer += (hypotheses[photo][0], gold[photo])
@@ -52,9 +49,7 @@ def bleu(references: References, predictions: Predictions) -> dict[str, Score]:
 
 def rouge(references: References, predictions: Predictions) -> Score:
     """ROUGE-L (Lin 2004), the mean over photos."""
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    _, scores = Rouge().compute_score(*_tokens(references, predictions))
+    _, scores = Rouge().compute_score(*tokenize_pairs(references, predictions))
     return mean_score(dict(zip(predictions, scores.tolist())))
 
 
@@ -64,34 +59,26 @@ def meteor(references: References, predictions: Predictions) -> Score:
     The program gives the corpus score but not the sums that it comes from, so the score has no interval. Raises
     MetricUnavailable where the program does not run.
     """
-    from pycocoevalcap.meteor import meteor as official
-
-    gold, hypotheses = _tokens(references, predictions)
+    gold, hypotheses = tokenize_pairs(references, predictions)
     java = [find_java(), "-Duser.language=en", "-Duser.country=US", "-XX:+UseSerialGC", "-Xmx2G"]  # decimal points
-    program = subprocess.Popen(
-        [*java, "-jar", official.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"],
-        cwd=Path(official.__file__).parent, encoding="utf-8",
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    command = [*java, "-jar", official.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=Path(official.__file__).parent, encoding="utf-8", **pipes) as program:
 
-    def ask(*parts: str) -> str:
-        print(" ||| ".join(parts), file=program.stdin, flush=True)
-        return program.stdout.readline()
+        def ask(*parts: str) -> str:
+            print(" ||| ".join(parts), file=program.stdin, flush=True)
+            return program.stdout.readline()
 
-    failure = ""
-    try:
-        captions = {photo: tokens.replace("|||", "").replace("  ", " ") for photo, (tokens,) in hypotheses.items()}
-        counts = [ask("SCORE", *gold[photo], caption).strip() for photo, caption in captions.items()]
-        lines = [ask("EVAL", *counts), *(program.stdout.readline() for _ in counts)]  # the photos', then the corpus'
-        *by_photo, corpus = map(float, lines)
-    except (OSError, ValueError) as error:  # the program has ended, or has printed text in place of a number
-        failure = str(error)
-    finally:
-        program.kill()
-        stderr = program.communicate()[1]
-    if failure:
-        reasons = [line for line in stderr.splitlines() if line.strip() and not line.startswith("NOTE: Picked up")]
-        raise MetricUnavailable((reasons or [failure])[0])
+        try:
+            captions = [tokens.replace("|||", "").replace("  ", " ") for (tokens,) in hypotheses.values()]
+            counts = [ask("SCORE", *texts, caption).strip() for texts, caption in zip(gold.values(), captions)]
+            lines = [ask("EVAL", *counts), *(program.stdout.readline() for _ in counts)]  # photos', then the corpus'
+            *by_photo, corpus = map(float, lines)
+        except (OSError, ValueError) as error:  # the program has ended, or has printed text in place of a number
+            program.kill()
+            said = [line for line in program.communicate()[1].splitlines() if line.strip()]
+            reasons = [line for line in said if not line.startswith("NOTE: Picked up")]
+            raise MetricUnavailable((reasons or [str(error)])[0]) from None
     return Score(corpus, dict(zip(predictions, by_photo)), of_sums=None)
 
 

@@ -7,7 +7,7 @@ Efron 1979; paired tests as in Koehn 2004 (https://aclanthology.org/W04-3250) an
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class Score:
     """The score of all photos."""
     photos: dict[str, float]
     """Scores by photo, without photos that could not be scored; empty for a figure of the corpus alone."""
-    parts: dict[str, tuple[float, ...]] | None = None
+    parts: dict[str, Sequence[float] | np.ndarray] | None = None
     """C numbers by photo, the sums of which `of_sums` takes; without them the corpus score is the mean of `photos`."""
     of_sums: Callable[[np.ndarray], np.ndarray] | None = ratio
     """(..., C) sums of parts -> (...) corpus scores; None where the corpus score is not a function of sums."""
@@ -54,8 +54,7 @@ def mean_score(photos: dict[str, float]) -> Score:
 @functools.lru_cache(maxsize=2)  # every metric and run uses the same
 def _counts(photos: int, seed: int) -> np.ndarray:
     """How often each photo is in each resample, (RESAMPLES, N)."""
-    share = np.full(photos, 1 / photos)
-    return np.random.default_rng(seed).multinomial(photos, share, size=RESAMPLES).astype(np.uint8)
+    return np.random.default_rng(seed).multinomial(photos, np.full(photos, 1 / photos), RESAMPLES).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=2)

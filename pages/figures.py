@@ -9,20 +9,18 @@ def plot_losses(rows: list[dict], file: Path) -> None:
     """loss.png from the rows of metrics.jsonl: training loss by step, validation loss at each epoch's end."""
     from matplotlib.figure import Figure
 
-    training, validation, stages, done, last = [], [], {}, 0, 0
+    training, validation, stages, done = [], [], {}, 0
     for row in rows:
         stages.setdefault(row["stage"], done)
         if "step" in row:  # steps are counted within an epoch; the row that ends it follows
-            last = done + row["step"]
-            training.append((last, row["loss"]))
+            training.append((done + row["step"], row["loss"]))
         else:
-            done = last
+            done = training[-1][0]
             if "val_loss" in row:
                 validation.append((done, row["val_loss"]))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    if training:
-        axes.plot(*zip(*training), linewidth=1, label="training")
+    axes.plot(*zip(*training), linewidth=1, label="training")
     if validation:
         axes.plot(*zip(*validation), "o-", label="validation, at each epoch's end")
     for stage, start in stages.items():

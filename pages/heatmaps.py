@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image, ImageFilter
 
 from common.files import written_whole
 from models.attribution import ABOUT, Unit
@@ -40,8 +40,8 @@ def shown(maps: np.ndarray) -> np.ndarray:
 
     The highest hundredth of the values becomes 1: if only the maximum did, one patch could make all others dark.
     """
-    positive = np.maximum(maps, 0)
-    return np.clip(positive / max(float(np.percentile(positive, 99)), 1e-12), 0, 1)
+    highest = float(np.percentile(np.maximum(maps, 0), 99))
+    return np.clip(maps / max(highest, 1e-12), 0, 1)
 
 
 def _small(image: Image.Image) -> Image.Image:
@@ -78,23 +78,20 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
         axes.imshow(patches, COLOURS, vmin=0, vmax=1, alpha=opacity, **box)
         axes.set(xlim=(0, width), ylim=(height, 0))
         axes.set_title(f"{unit.text or '(end)'}  p {unit.probability:.2f}", fontsize=9, parse_math=False)
-    title = photo.caption + (f"\n{photo.note}" if photo.note else "")
-    figure.suptitle(title, fontsize=10, wrap=True, parse_math=False)
+    figure.suptitle(f"{photo.caption}\n{photo.note}".strip(), fontsize=10, wrap=True, parse_math=False)
     bar = figure.colorbar(ScalarMappable(cmap=COLOURS), ax=list(tiles), shrink=0.6, aspect=30, pad=0.01)
     bar.set_label(f"{method}; 1: the caption's highest hundredth", fontsize=8)
     with written_whole(file) as part:
         figure.savefig(part, dpi=110, format="png")
 
 
-def _greyed(photo: Drawn) -> np.ndarray:
-    """(H, W, 3) pixels of the small photo, from 0 to 1; grey where the encoder does not see the photo."""
-    pixels = np.asarray(_small(photo.image), dtype=float) / 255
-    left, top, right, bottom = photo.grid.box
-    rows, columns = pixels.shape[:2]
-    y = (np.arange(rows)[:, None] + 0.5) * photo.image.height / rows
-    x = (np.arange(columns) + 0.5) * photo.image.width / columns
-    seen = (left <= x) & (x <= right) & (top <= y) & (y <= bottom)
-    return np.where(seen[..., None], pixels, 0.4 * pixels.mean(axis=2, keepdims=True) + 0.35)
+def _greyed(photo: Drawn) -> Image.Image:
+    """The small photo, pale grey where the encoder does not see it."""
+    small = _small(photo.image)
+    seen = [round(edge * small.width / photo.image.width) for edge in photo.grid.box]
+    greyed = small.convert("L").point(lambda value: 0.4 * value + 89).convert("RGB")
+    greyed.paste(small.crop(seen), seen)
+    return greyed
 
 
 # ------------------------------------------------------------------------------------------- the page
@@ -144,8 +141,7 @@ def _outline(mask: np.ndarray, size: tuple[int, int]) -> str:
     """(H, W) mask -> its outline, a white line with black edges, as a transparent picture of `size`."""
     small = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
     inside = small.point(lambda value: 255 * (value > 127))
-    thin, narrow, wide = (inside.filter(ImageFilter.MaxFilter(pixels)) for pixels in (3, 5, 7))
     picture = Image.new("RGBA", size)
-    picture.paste((0, 0, 0, 255), mask=ImageChops.subtract(wide, inside))
-    picture.paste((255, 255, 255, 255), mask=ImageChops.subtract(narrow, thin))
+    for colour, pixels in (("black", 7), ("white", 5), ("black", 3), ("#0000", 1)):  # from the outer edge inwards
+        picture.paste(colour, mask=inside.filter(ImageFilter.MaxFilter(pixels)))
     return data_uri(picture.quantize(4), "PNG", optimize=True)

@@ -7,17 +7,15 @@ from typing import Any
 from PIL import Image
 
 from data.evaluation import Inputs
-from data.photos import BadPhoto, Photo, open_photo
+from data.photos import BadPhoto, Photo, load_photo
 from pages.page import data_uri, write_page
 
 THUMBNAIL = 112  # px
 
 
 def _thumbnail(photo: Photo) -> str | None:
-    if photo.path is None:
-        return None
     try:
-        image = open_photo(photo.path)
+        image = load_photo(photo).image
     except BadPhoto:
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR, reducing_gap=2.0)

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -316,7 +317,7 @@ def test_files_and_photos_that_are_not_there(tmp_path):
     assert "nowhere" in error_of(read_annotations, file, tmp_path / "nowhere")
     folder = draw(tmp_path / "photos", "0.jpg")
     message = error_of(read_annotations, file, folder)
-    assert "1199 photos" in message and "1.jpg, 2.jpg, 3.jpg, ..." in message
+    assert "1199 photos" in message and "1.jpg, 2.jpg, 3.jpg, 4.jpg, 5.jpg and 1194 more" in message
     assert read_annotations(file, folder, limit=1)[0].path == folder / "0.jpg"
     both = edited(coco(), lambda data: (data["annotations"][0].pop("caption"), data["images"][0].pop("id")))
     message = error_of(read_annotations, save(tmp_path / "b.json", both))
@@ -499,7 +500,7 @@ def test_bad_photos_say_why(tmp_path):
     assert reasons["zero.jpg"] == "empty file"
     assert reasons["text.jpg"] == reasons["page.jpg"] == "not a photo in a known format"
     assert all("cannot be decoded" in reasons[name] for name in [".", *cuts]) and "truncated" in reasons["half.jpg"]
-    assert "178,956,970 pixels" in reasons["bomb.png"] and reasons["none.jpg"] == "no such file"
+    assert "exceeds limit of 178956970 pixels" in reasons["bomb.png"] and reasons["none.jpg"] == "no such file"
 
 
 def test_a_large_photo_and_damaged_exif_are_read_without_a_warning(tmp_path):
@@ -576,7 +577,7 @@ def test_features_come_back_as_they_were_written(tmp_path, dtype):
         cache.write(key, array)
     other_process = FeatureCache(tmp_path, "encoder", (3, 5), dtype)
     features = Features(other_process, keys[:3])
-    assert len(features) == 3 and keys[2] in other_process and keys[3] not in other_process
+    assert features.keys == keys[:3] and keys[2] in other_process and keys[3] not in other_process
     assert features[[2, 0]].numpy().dtype == dtype
     numpy.testing.assert_array_equal(features[[2, 0]].numpy(), arrays[[2, 0]].astype(dtype))
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == [f"{key}.bin" for key in keys[:3]]
@@ -591,7 +592,7 @@ def test_features_that_cannot_be_kept_are_refused(tmp_path, monkeypatch):
     save(tmp_path / "file", "")
     cache = FeatureCache(tmp_path / "file", "encoder", (3, 5))
     for attempt in (lambda: cache.check_room(1), lambda: cache.write("key", numpy.zeros((3, 5)))):
-        assert "features: " in error_of(attempt) and "file/encoder cannot be written" in error_of(attempt)
+        assert re.search("features: .*file/encoder.* cannot be written", error_of(attempt))
     message = error_of(FeatureCache(tmp_path / "new", "encoder", (257, 1024)).check_room, 10**12)
     assert "needs 526336000.0 GB for 1000000000000 photos" in message and "GB are free" in message
 

@@ -205,7 +205,7 @@ def test_features_are_encoded_once_and_survive_a_kill(captioner_config, data_roo
     encoder = build_encoder(captioner_config().encoder)
     photos = find_photos(data_root / "images" / "train")
     first, good, bad = encode_files(encoder, photos[:5], tmp_path, batch_size=2)
-    assert (len(first), good, bad) == (5, [0, 1, 2, 3, 4], [])
+    assert (len(first.keys), good, bad) == (5, [0, 1, 2, 3, 4], [])
     stored = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert len(stored) == 5
     stored[0].write_bytes(stored[0].read_bytes()[:-2])  # the disk was full, or the machine died
