@@ -40,15 +40,7 @@ from models.encoder import EncoderConfig, check_encoder
 from models.packing import PackedBatch
 from models.projector import ProjectorConfig
 from models.splits import Split, prepare_split, weigh_by_agreement
-from models.training import (
-    STAGES,
-    Stage,
-    check_stage,
-    make_optimizer,
-    make_schedule,
-    prepare_training,
-    set_trainable,
-)
+from models.training import STAGES, Stage, check_stage, make_optimizer, make_schedule, prepare_training, set_trainable
 from pages.figures import plot_losses
 
 

@@ -663,11 +663,7 @@ real = pytest.mark.skipif("CAPTION_DATA" not in os.environ, reason="CAPTION_DATA
 @real
 @pytest.mark.parametrize(
     "data, split, photos, captions",
-    [
-        ("flickr8k", "train", 6000, 30_000),
-        ("flickr8k", "val", 1000, 5000),
-        ("coco-mini", "train", 80, 400),
-    ],
+    [("flickr8k", "train", 6000, 30_000), ("flickr8k", "val", 1000, 5000), ("coco-mini", "train", 80, 400)],
 )
 def test_real_data_reads_whole(data, split, photos, captions):
     read = read_annotations(*find_data(REAL / data, split))
