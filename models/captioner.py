@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from common.config import UserError
 from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
-from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, load_decoder, merge_lora
-from models.decoding import Decoding, generate_all, prefill
+from models.consensus import Frequencies
+from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, first_token, load_decoder, merge_lora
+from models.decoding import Decoding, choose_candidates, generate_all, prefill, with_candidates
 from models.encoder import EncoderConfig, FrozenEncoder, PatchGrid, build_encoder
 from models.features import CachedEncoder
 from models.packing import ChunkedCrossEntropy, PackedBatch, pack_rows, packed_hidden
@@ -45,6 +46,7 @@ class Captioner(nn.Module):
         self.encoder, self.projector, self.decoder = encoder, projector, decoder
         self.tokenizer, self.config = tokenizer, config
         self.features = CachedEncoder(encoder)
+        self.frequencies: Frequencies | None = None  # of n-grams in the training captions, for consensus decoding
 
     def train(self, mode: bool = True) -> "Captioner":
         """The decoder's own dropout (GPT-2 has three kinds) stays off: what is frozen needs no regularising."""
@@ -58,8 +60,13 @@ class Captioner(nn.Module):
     # ----------------------------------------------------------------------------------- training
 
     def prefix(self, features: Tensor) -> Tensor:
-        """(B, P, D_image) -> (B, P, D_text), in the decoder's dtype and on its device."""
-        return self.projector(features).to(causal_lm(self.decoder).dtype)
+        """(B, P, D_image) -> (B, P, D_text) in the decoder's dtype; with a start token (B, 1 + P, D_text)."""
+        lm = causal_lm(self.decoder)
+        image = self.projector(features).to(lm.dtype)
+        if not self.config.decoder.start_token:
+            return image
+        start = torch.full((len(image), 1), first_token(self.tokenizer), device=image.device)
+        return torch.cat([lm.get_input_embeddings()(start), image], dim=1)
 
     def hidden(self, prefix: Tensor, batch: PackedBatch) -> Tensor:
         """(B, P, D_text) image prefix and B packed rows of L tokens -> (B, P + L, D_text) final hidden states."""
@@ -90,10 +97,11 @@ class Captioner(nn.Module):
     def check_room(self, text_tokens: int, key: str) -> None:
         """Raise a UserError that names the setting `key` where the decoder has no positions for so long a text."""
         room = getattr(causal_lm(self.decoder).config, "max_position_embeddings", None)
-        if room is not None and self.encoder.tokens + 1 + text_tokens > room:
+        start = self.config.decoder.start_token
+        if room is not None and start + self.encoder.tokens + 1 + text_tokens > room:
             raise UserError(
-                f"{key}: {self.encoder.tokens} image tokens, EOS and {text_tokens} text tokens do not fit into the "
-                f"decoder's {room} positions"
+                f"{key}: {'a start token, ' * start}{self.encoder.tokens} image tokens, EOS and {text_tokens} text "
+                f"tokens do not fit into the decoder's {room} positions"
             )
 
     def generate(
@@ -114,7 +122,9 @@ class Captioner(nn.Module):
         caches = [prefill(lm.base_model, inputs_embeds=part)[0] for part in parts]
         # `generate` takes ids for all positions; those of the image are not read, since the cache holds them
         ids = torch.full((len(prefix), prefix.shape[1] + 1), eos, device=prefix.device)
-        return generate_all(lm, lm, caches, ids, torch.ones_like(ids), decodings, seeds, eos, pad=eos)
+        mask = torch.ones_like(ids)
+        drawn = generate_all(lm, lm, caches, ids, mask, *with_candidates(decodings, seeds), eos, pad=eos)
+        return choose_candidates(drawn, decodings, self.text, self.frequencies)
 
     @torch.inference_mode()
     def attend(

@@ -1,7 +1,8 @@
 """A captioner on disk: `captioner.json` (what to build), `projector.safetensors`, `decoder_lora/` in peft's own form.
 
-The frozen encoder and decoder are not copied; `captioner.json` names them. The folder's contents alone decide how it
-is read, and every tensor must be there, of the right shape, with none left over.
+Beside them may be `document_frequencies.json`, for consensus decoding: how many photos have an n-gram in their training
+captions. The frozen encoder and decoder are not copied; `captioner.json` names them. The folder's contents alone decide
+how it is read, and every tensor must be there, of the right shape, with none left over.
 """
 
 import json
@@ -17,9 +18,11 @@ from torch import Tensor
 from common.config import UserError, check, config_from
 from common.files import folder_written_whole, restore_folder, write_json
 from models.captioner import Captioner, CaptionerConfig, build_captioner
+from models.consensus import Frequencies
 from models.decoder import check_decoder
 from models.encoder import check_encoder
 
+FREQUENCIES = "document_frequencies.json"
 PROJECTOR, LORA, CONFIG = "projector.safetensors", "decoder_lora", "captioner.json"
 LORA_WEIGHTS = f"{LORA}/adapter_model.safetensors"
 
@@ -38,6 +41,8 @@ def save_captioner(
         for file, state in learnt(captioner).items():
             save_file({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, part / file)
         write_json(part / CONFIG, asdict(captioner.config))
+        if captioner.frequencies:
+            write_json(part / FREQUENCIES, asdict(captioner.frequencies), indent=None)
         for name, value in (extra or {}).items():
             torch.save(value, part / name)
 
@@ -98,9 +103,22 @@ def load_trained(captioner: Captioner, folder: Path) -> None:
     set_peft_model_state_dict(captioner.decoder, load_file(folder / LORA_WEIGHTS))
 
 
+def read_frequencies(folder: Path) -> Frequencies | None:
+    """The document frequencies of a checkpoint folder; None where it has none."""
+    file = folder / FREQUENCIES
+    if not file.exists():
+        return None
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return Frequencies(int(stored["photos"]), {str(gram): int(n) for gram, n in stored["counts"].items()})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{file}: expected the number of photos, and for each n-gram how many have it") from None
+
+
 def load_captioner(path: Path) -> Captioner:
     """The trained captioner in `path` (a run or checkpoint folder), in float32, adapters not yet merged."""
     folder = find_checkpoint(path)
     captioner = build_captioner(check_checkpoint(folder))
     load_trained(captioner, folder)
+    captioner.frequencies = read_frequencies(folder)
     return captioner.eval()

@@ -24,6 +24,8 @@ class DecoderConfig:
 
     model: str = "gpt2"
     """Hub id, local folder, pip:PACKAGE, or a folder of decoder_model.bin, encoder.json and vocab.bpe (GPT-2 small)."""
+    start_token: bool = False
+    """Put the decoder's own first token before the image, as in its pretraining: attention can rest on it."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,13 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
     hub = True
     try:
         with hub_or_cache() as hub:
-            shape = _shape(where, load_weights, options)
+            if not (load_weights and options):  # reading a GGUF file takes seconds, and its model needs no change
+                options |= {"config": _shape(where, load_weights, options)}
             if not load_weights:
                 with torch.device("meta"):
-                    return AutoModelForCausalLM.from_config(shape), None
-            lm = AutoModelForCausalLM.from_pretrained(
-                where, config=shape, dtype=torch.float32, attn_implementation="sdpa", **options
-            )
+                    return AutoModelForCausalLM.from_config(options["config"]), None
+            lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, attn_implementation="sdpa", **options)
+            options.pop("config", None)
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # hub clients raise all sorts; the user needs one line
         reason = why(error, hub or Path(where).exists())
@@ -131,6 +133,11 @@ def _load_course_form(folder: Path, load_weights: bool) -> tuple[nn.Module, obje
         raise UserError(f"{weights}: expected GPT-2 small's state dict: {' '.join(str(error).split())[:200]}") from None
     tokenizer = GPT2Tokenizer(vocab=str(vocab), merges=str(merges))
     return lm.eval(), tokenizer
+
+
+def first_token(tokenizer) -> int:
+    """The token that began the texts of pretraining: BOS, or EOS where a tokenizer has no BOS."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def linear_layers(lm: nn.Module) -> list[str]:

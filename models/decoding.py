@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from models.consensus import Frequencies, most_agreed
 from models.decoder import attention
 
 # transformers calls the argument `cache` from 5.24 on, and `past_key_values` before.
@@ -45,6 +46,8 @@ class Decoding:
     """Sample from the likeliest words that make up this share of the probability."""
     top_k: NonNegativeInt = 0
     """Sample from this many likeliest words; 0 is all."""
+    candidates: PositiveInt = 1
+    """Write the greedy caption and sample so many less one; return the one that agrees most with the others."""
 
 
 # The three decodings of the published report.
@@ -62,8 +65,11 @@ def check_decoding(key: str, decoding: Decoding) -> list[str]:
         problems.append(f"{key}.num_beams: expected 1 with do_sample, got {decoding.num_beams}")
     if decoding.top_p == 0:
         problems.append(f"{key}.top_p: expected more than 0, got 0")
+    if decoding.candidates > 1 and (decoding.num_beams > 1 or decoding.do_sample):
+        problems.append(f"{key}.candidates: expected 1 with do_sample or beams, got {decoding.candidates}")
+    sampled = decoding.do_sample or decoding.candidates > 1
     for name in ("temperature", "top_p", "top_k"):
-        if not decoding.do_sample and getattr(decoding, name) != getattr(Decoding(), name):
+        if not sampled and getattr(decoding, name) != getattr(Decoding(), name):
             problems.append(f"{key}.{name}: only sampling uses it; expected {key}.do_sample with it")
     return problems
 
@@ -138,6 +144,37 @@ def until_eos(ids: Tensor, eos: int | list[int]) -> list[list[int]]:
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
 
 
+# ------------------------------------------------------------------------------------------- consensus decoding
+
+
+def with_candidates(
+    decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
+) -> tuple[dict[tuple[str, int], Decoding], dict[tuple[str, int], Sequence[int]]]:
+    """The decoding and the seeds of each candidate (name, number): the first is greedy, or the decoding itself."""
+    drawn, drawn_seeds = {}, {}
+    for name, decoding in decodings.items():
+        sampled = dataclasses.replace(decoding, candidates=1, do_sample=True)
+        for number in range(decoding.candidates):
+            first = Decoding(decoding.max_new_tokens) if decoding.candidates > 1 else decoding
+            drawn[name, number] = sampled if number else first
+            drawn_seeds[name, number] = [photo_seed(seed, number) for seed in seeds[name]] if number else seeds[name]
+    return drawn, drawn_seeds
+
+
+def choose_candidates(
+    drawn: dict[tuple[str, int], list[list[int]]],
+    decodings: dict[str, Decoding],
+    text: Callable[[Sequence[int]], str],
+    frequencies: Frequencies | None = None,
+) -> dict[str, list[list[int]]]:
+    """Of each photo's candidates the one that agrees most with the others (minimum Bayes risk)."""
+    captions = {}
+    for name, decoding in decodings.items():
+        groups = zip(*(drawn[name, number] for number in range(decoding.candidates)))
+        captions[name] = [group[most_agreed(list(map(text, group)), frequencies)] for group in groups]
+    return captions
+
+
 # ------------------------------------------------------------------------------------------- from one prefill
 
 
@@ -177,11 +214,11 @@ def generate_all(
     caches: Sequence[Cache],
     ids: Tensor,
     mask: Tensor,
-    decodings: dict[str, Decoding],
-    seeds: dict[str, Sequence[int]],
+    decodings: dict[Hashable, Decoding],
+    seeds: dict[Hashable, Sequence[int]],
     eos: int | list[int],
     pad: int,
-) -> dict[str, list[list[int]]]:
+) -> dict[Hashable, list[list[int]]]:
     """Several decodings of B prompts from one prefill: token ids without EOS, B captions by decoding.
 
     `caches` hold, part by part of the batch, what `model` keeps of `ids` (B, L) but for the last; they are used up.
@@ -189,7 +226,7 @@ def generate_all(
     of them. `seeds` has one for each photo by decoding. On a CPU the `language_model` attends by plain products, since
     the fused kernel is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time.
     """
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple, list[Hashable]] = {}
     for name, decoding in decodings.items():
         groups.setdefault((decoding.max_new_tokens, name if decoding.num_beams > 1 else None), []).append(name)
     captions = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jsonargparse.typing import PositiveInt
 from PIL import Image
 from torch import Tensor, nn
 
@@ -34,6 +35,8 @@ class EncoderConfig:
     """Keep the class token (and registers) in front of the patches, where the network has them."""
     resize: Literal["crop", "squash"] = "crop"
     """crop: as the network's own transform; squash: the whole photo, its shape forced to the network's square."""
+    pool: PositiveInt = 1
+    """Average k x k neighbouring patches into one, for this k; the class token stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,10 @@ class FrozenEncoder(nn.Module):
         super().__init__()
         self.net, self.transform, self.config = net.eval().requires_grad_(False), transform, config
         pixels = torch.zeros(1, 3, transform.size, transform.size, device=self.device)
-        self.patch_rows_columns = tuple(self.maps(pixels)[0].shape[-2:])
+        rows, columns = self.maps(pixels)[0].shape[-2:]
+        if rows % config.pool or columns % config.pool:  # pooling would leave a remainder out
+            raise UserError(f"encoder.pool: expected a divisor of {rows} x {columns} patches, got {config.pool}")
+        self.patch_rows_columns = rows // config.pool, columns // config.pool
         _, self.tokens, self.width = self(pixels).shape  # read off the network, never set by hand
 
     @property
@@ -120,6 +126,7 @@ class FrozenEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, P, D): class token and registers where kept, then the patches row by row."""
         patches, prefix = self.maps(pixels)
+        patches = nn.functional.avg_pool2d(patches, self.config.pool)
         tokens = patches.flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, rows * columns, D)
         if prefix is None or not self.config.class_token:
             return tokens
@@ -209,7 +216,7 @@ def _timm_net(config: EncoderConfig, device: str, load_weights: bool) -> tuple[n
         overlay = {"file": weights}
     elif pretrained:
         model = f"{model}.{weights}"
-    with torch.device(device):
+    with torch.device("meta" if packed else device):  # packed weights replace all tensors
         net = timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0)
     if packed and load_weights:
         packaged.load_encoder(net, weights, model)

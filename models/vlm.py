@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common.config import UserError
 from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
-from models.decoding import CACHE, Decoding, generate_all, prefill
+from models.decoding import CACHE, Decoding, choose_candidates, generate_all, prefill, with_candidates
 from models.encoder import PatchGrid, PhotoTransform
 from models.hub import hub_or_cache, means_folder, quiet, why
 
@@ -70,7 +70,9 @@ class VisionLanguageModel(nn.Module):
         cache, _ = self._prefill(inputs)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         language_model, pad = self.model.model.language_model, self.tokenizer.pad_token_id
-        return generate_all(self.model, language_model, [cache], ids, mask, decodings, seeds, self.eos, pad)
+        wanted = with_candidates(decodings, seeds)
+        drawn = generate_all(self.model, language_model, [cache], ids, mask, *wanted, self.eos, pad)
+        return choose_candidates(drawn, decodings, self.text)
 
     @torch.inference_mode()
     def attend(

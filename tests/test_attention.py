@@ -1,5 +1,7 @@
 """Attention records against eager attention with `output_attentions`, and their maps, words and grounding scores."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -27,10 +29,13 @@ def model(request, make_captioner, llava_folder):
     return load_vlm(str(llava_folder), PROMPT, CPU, torch.float32)
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=["gpt2", "llama", "gpt2 start", "llama start"])
 def seen(request, make_captioner):
     """A captioner with LoRA, the features of three photos, and the records of three captions of different lengths."""
-    captioner = make_captioner(request.param).eval()
+    name, _, start = request.param.partition(" ")
+    captioner = make_captioner(name).eval()
+    decoder = dataclasses.replace(captioner.config.decoder, start_token=bool(start))
+    captioner.config = dataclasses.replace(captioner.config, decoder=decoder)
     torch.manual_seed(0)
     features = torch.randn(3, captioner.encoder.tokens, captioner.encoder.width)
     captioner.features = lambda photos: features[list(photos)]
@@ -44,17 +49,18 @@ def test_records_of_our_captioner_are_what_eager_attention_sees(seen):
     assert lm.config._attn_implementation == "sdpa"
     lm.set_attn_implementation("eager")
     patches = captioner.encoder.tokens - 1  # the class token is no patch
+    first = 1 + captioner.config.decoder.start_token
     for one, ids, record in zip(features, IDS, records):
         image = captioner.prefix(one[None])
         words = lm.get_input_embeddings()(torch.tensor([[eos, *ids]]))
         out = lm(inputs_embeds=torch.cat([image, words], dim=1), output_attentions=True, output_hidden_states=True)
-        attention = torch.stack(out.attentions)[:, 0, :, image.shape[1] :, 1 : 1 + patches]  # (L, H, T, P)
+        attention = torch.stack(out.attentions)[:, 0, :, image.shape[1] :, first : first + patches]  # (L, H, T, P)
         assert attention.shape[2:] == (len(ids) + 1, patches) and record.ids == [*ids, eos]
         np.testing.assert_allclose(record.mean, attention.mean(dim=1), atol=1e-5)
         np.testing.assert_allclose(record.peak, attention[-2:].amax(dim=1), atol=1e-5)
         chances = out.logits[0, image.shape[1] :].softmax(dim=-1)[range(len(record.ids)), record.ids]
         np.testing.assert_allclose(record.probabilities, chances, atol=1e-5)
-        lens = lm.get_output_embeddings()(out.hidden_states[-1])[0, 1 : 1 + patches][:, record.ids].T
+        lens = lm.get_output_embeddings()(out.hidden_states[-1])[0, first : first + patches][:, record.ids].T
         np.testing.assert_allclose(record.lens, lens, atol=1e-4)
 
 
@@ -73,7 +79,7 @@ def test_it_sees_what_generation_saw(seen):
         attention_mask=torch.ones(1, image.shape[1] + 1, dtype=torch.long),
     )  # fmt: skip
     for place, step in enumerate(out.attentions[: len(record.ids)]):
-        own = torch.stack(step)[:, 0, :, -1, 1 : image.shape[1]].mean(dim=1)  # (L, P)
+        own = torch.stack(step)[:, 0, :, -1, image.shape[1] - 16 : image.shape[1]].mean(dim=1)  # (L, P)
         np.testing.assert_allclose(record.mean[:, place], own, atol=1e-5)
 
 

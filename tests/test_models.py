@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,12 +21,12 @@ from common.files import kept_folder
 from models import packaged
 from models.captioner import build_captioner
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner, save_captioner
-from models.decoder import DecoderConfig, attention, causal_lm, check_decoder, fuse_lora, load_decoder
+from models.decoder import DecoderConfig, attention, causal_lm, check_decoder, first_token, fuse_lora, load_decoder
 from models.decoding import CACHE, Decoding, fixed_cache, prefill, until_eos
 from models.encoder import EncoderConfig, PhotoTransform, build_encoder
 from models.packing import ChunkedCrossEntropy, pack_rows
 from models.projector import ProjectorConfig
-from models.training import Stage, make_optimizer, make_schedule, prepare_training
+from models.training import Stage, make_optimizer, make_schedule, prepare_training, set_trainable
 
 DECODERS = ["gpt2", "llama"]
 TOKENS, WIDTH = 17, 32  # of the tiny CLIP: 16 patches and the class token
@@ -51,14 +53,31 @@ def batch(tokenizer):
     return torch.randn(3, TOKENS, WIDTH), [[tokenizer(caption).input_ids for caption in row] for row in captions]
 
 
+def with_start(captioner):
+    """The captioner with the decoder's own first token before the image."""
+    decoder = dataclasses.replace(captioner.config.decoder, start_token=True)
+    captioner.config = dataclasses.replace(captioner.config, decoder=decoder)
+    return captioner
+
+
+def plain_prefix(captioner, photos) -> torch.Tensor:
+    """(B, P, D_image) -> (B, P, D_text), or one more where there is a start token."""
+    image = captioner.projector(photos)
+    if not captioner.config.decoder.start_token:
+        return image
+    first = torch.full((len(photos), 1), captioner.tokenizer.bos_token_id)
+    return torch.cat([captioner.decoder.get_input_embeddings()(first), image], dim=1)
+
+
 def plain_loss(captioner, features, captions, weights=None) -> torch.Tensor:
     """Sum of the losses, each pair run alone: no packing, no padding, full logits."""
     lm, eos, total = captioner.decoder, captioner.tokenizer.eos_token_id, 0.0
     for i, (photo, row) in enumerate(zip(features, captions)):
         for k, caption in enumerate(row):
             words = lm.get_input_embeddings()(torch.tensor([[eos, *caption]]))
-            logits = lm(inputs_embeds=torch.cat([captioner.projector(photo[None]), words], dim=1)).logits
-            loss = F.cross_entropy(logits[0, len(photo) :], torch.tensor([*caption, eos]), reduction="sum")
+            prefix = plain_prefix(captioner, photo[None])
+            logits = lm(inputs_embeds=torch.cat([prefix, words], dim=1)).logits
+            loss = F.cross_entropy(logits[0, prefix.shape[1] :], torch.tensor([*caption, eos]), reduction="sum")
             total = total + loss * (weights[i][k] if weights else 1)
     return total
 
@@ -67,12 +86,14 @@ def plain_loss(captioner, features, captions, weights=None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("form", ["packed", "one a row"])
+@pytest.mark.parametrize("form", ["packed", "one a row", "start token"])
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_loss_and_gradients_equal_the_plain_form(make_captioner, batch, decoder, form, attention, monkeypatch):
     monkeypatch.setitem(ChunkedCrossEntropy.CHUNKS, "cpu", 8)
     features, captions = batch
     captioner = make_captioner(decoder)
+    if form == "start token":
+        with_start(captioner)
     expected_loss = plain_loss(captioner, features, captions)
     expected = gradients(captioner, expected_loss)
     prepare_training(captioner, torch.float32, torch.device("cpu"))
@@ -173,6 +194,24 @@ def test_schedules_count_optimizer_steps():
     warm = rates(Stage(epochs=1, lr=1.0, schedule="cosine", warmup=0.2, min_lr=0.1), 20)
     assert warm[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0]) and warm == warm[:4] + sorted(warm[4:], reverse=True)
     assert 0.1 < warm[-1] < 0.12
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "warm_restarts"])
+def test_the_projector_may_have_a_rate_of_its_own(make_captioner, schedule, capsys):
+    stage = Stage(epochs=1, lr=1e-3, projector_lr=3e-3, schedule=schedule, min_lr=1e-4, optimizer="adamw")
+    captioner = make_captioner()
+    optimizer = make_optimizer(set_trainable(captioner, "finetune", stage), stage)
+    assert re.search(r"projector .* 0.003\n +lora .* 0.001\n", capsys.readouterr().out)
+    own = {id(parameter) for parameter in captioner.projector.parameters()}
+    assert [{id(one) for one in group["params"]} == own for group in optimizer.param_groups] == [True, False]
+    schedule, rates = make_schedule(optimizer, stage, steps_per_epoch=40), []
+    for _ in range(40):
+        rates.append(schedule.get_last_lr())
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx([3e-3, 1e-3]) and rates[-1] == pytest.approx([1e-4, 1e-4], rel=0.1)
+    shares = [(projector - 1e-4) / 2.9e-3 for projector, _ in rates]
+    assert shares == pytest.approx([(lora - 1e-4) / 0.9e-3 for _, lora in rates])
 
 
 # ------------------------------------------------------------------------------------------- GPT-2 in the course's form
@@ -289,12 +328,17 @@ def features():
     return 2 * torch.randn(32, TOKENS, WIDTH)
 
 
+@pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=12), Decoding(max_new_tokens=6, num_beams=2)])
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_same_captions_alone_in_a_batch_after_saving_and_merged(
-    make_captioner, caption, features, decoder, decoding, tmp_path
+    make_captioner, caption, features, decoder, decoding, start, tmp_path
 ):
     captioner = loud(make_captioner(decoder))
+    without = caption(captioner, features, decoding)
+    if start:
+        with_start(captioner)
+        assert caption(captioner, features, decoding) != without
     captions = caption(captioner, features, decoding)
     if decoding.num_beams == 1:
         assert len(set(captions)) > 16 and len({len(captioner.tokenizer(text).input_ids) for text in captions}) > 2
@@ -306,21 +350,35 @@ def test_same_captions_alone_in_a_batch_after_saving_and_merged(
     assert caption(loaded.ready(torch.device("cpu"), torch.float32), features, decoding) == captions
 
 
+@pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_greedy_captions_are_what_training_finds_likeliest(make_captioner, caption, features, decoder):
+def test_greedy_captions_are_what_training_finds_likeliest(make_captioner, caption, features, decoder, start):
     captioner, steps = loud(make_captioner(decoder)), 8
+    if start:
+        with_start(captioner)
     lm, eos = captioner.decoder, captioner.tokenizer.eos_token_id
     with torch.no_grad():
         for photo in features[:4]:
             ids = [eos]
             while len(ids) <= steps:
                 words = lm.get_input_embeddings()(torch.tensor([ids]))
-                logits = lm(inputs_embeds=torch.cat([captioner.projector(photo[None]), words], dim=1)).logits
+                logits = lm(inputs_embeds=torch.cat([plain_prefix(captioner, photo[None]), words], dim=1)).logits
                 ids.append(logits[0, -1].argmax().item())
                 if ids[-1] == eos:
                     break
             text = " ".join(captioner.tokenizer.decode(ids, skip_special_tokens=True).split())
             assert caption(captioner, photo[None], Decoding(max_new_tokens=steps)) == [text]
+
+
+def test_a_start_token_is_bos_or_eos_and_takes_a_position(make_captioner):
+    captioner = make_captioner("gpt2")  # 128 positions
+    tokenizer = captioner.tokenizer
+    captioner.check_room(128 - TOKENS - 1, "x")
+    with_start(captioner).check_room(128 - TOKENS - 2, "x")
+    with pytest.raises(UserError, match="^x: a start token, 17 image tokens, EOS and 110 text tokens do not fit"):
+        captioner.check_room(128 - TOKENS - 1, "x")
+    assert first_token(tokenizer) == tokenizer.bos_token_id
+    assert first_token(SimpleNamespace(bos_token_id=None, eos_token_id=5)) == 5
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -391,6 +449,7 @@ def test_checkpoint_holds_what_was_learnt_and_nothing_else(make_captioner, tmp_p
         assert parameter.dtype == torch.float32 and torch.equal(parameter, kept), name
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it itself
 def test_peft_reads_the_adapters_by_itself(make_captioner, decoders, tmp_path):
     import peft
 
@@ -515,6 +574,20 @@ def test_features_are_the_towers_last_tokens(clip_folder):
     assert squash.grid(60, 40).box == (0, 0, 60, 40) and encoder.grid(60, 40).box == (10, 0, 50, 40)
 
 
+def test_pooled_patches_are_means_of_neighbours_on_a_coarser_grid(clip_folder):
+    config = EncoderConfig(model="tiny", weights=str(clip_folder))
+    encoder, pooled = build_encoder(config), build_encoder(dataclasses.replace(config, pool=2))
+    pixels = torch.randn(2, 3, 32, 32)
+    features, means = encoder(pixels), pooled(pixels)
+    expected = features[:, 1:].view(2, 2, 2, 2, 2, 32).mean(dim=(2, 4)).view(2, 4, 32)
+    torch.testing.assert_close(means, torch.cat([features[:, :1], expected], dim=1))
+    assert (pooled.tokens, pooled.patch_rows_columns) == (5, (2, 2))
+    assert pooled.grid(60, 40).box == encoder.grid(60, 40).box and pooled.grid(60, 40).rows == 2
+    assert pooled.fingerprint() != encoder.fingerprint()
+    with pytest.raises(UserError, match="encoder.pool: expected a divisor of 4 x 4 patches, got 3"):
+        build_encoder(dataclasses.replace(config, pool=3))
+
+
 def test_encoder_never_trains(make_captioner):
     captioner = make_captioner().train()
     assert captioner.training and captioner.projector.training
@@ -555,7 +628,10 @@ def test_packaged_efficientnet_knows_imagenet(real_data, name):
         pytest.skip(str(missing))
     encoder = build_encoder(config)
     net = timm.create_model(config.model)
-    packaged.load_by_order(net, torch.load(file, weights_only=True))
+    stored = torch.load(file, weights_only=True)
+    names = [key for key in net.state_dict() if not key.startswith("classifier")]
+    head = {f"classifier.{kind}": stored[f"_fc.{kind}"] for kind in ("weight", "bias")}
+    net.load_state_dict(packaged.efficientnet(stored, names) | head)
     data = json.loads((real_data / "coco-mini" / "train.json").read_text())
     names = {image["id"]: image["file_name"] for image in data["images"]}
     kinds = {"zebra": {340}, "pizza": {963}, "elephant": {385, 386}, "microwave": {651}, "banana": {954},

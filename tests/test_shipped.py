@@ -9,7 +9,7 @@ import torch
 import p2_inference
 from data.annotations import read_annotations
 from data.predictions import read_predictions
-from demo.__main__ import real_photo, shuffled
+from demo.__main__ import PHOTO
 from metrics.cider import cider
 from models.checkpoint import check_checkpoint, load_captioner
 
@@ -25,7 +25,7 @@ def caption(images: Path, output: Path, **settings) -> dict[str, str]:
 def test_it_is_small_and_captions_a_photo_offline(tmp_path):
     check_checkpoint(SHIPPED)
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*")) < 16e6
-    text = caption(real_photo(), tmp_path / "photo.json")["grace_hopper"]
+    text = caption(PHOTO, tmp_path / "photo.json")["grace_hopper"]
     assert len(text.split()) >= 4 and {"man", "woman", "person"} & set(text.lower().split())
 
 
@@ -44,6 +44,7 @@ def test_its_captions_belong_to_their_photos(real_data, tmp_path):
     photos = read_annotations(real_data / "flickr8k/val.json")
     references = {photo.stem: list(photo.captions) for photo in photos}
     score, _ = cider(references, own, idf="full")
-    other, _ = cider(references, read_predictions(shuffled(tmp_path / "val.json")), idf="full")
-    assert score > 0.3 and score > 3 * other
-    assert score == pytest.approx(0.5, abs=0.15)
+    stems = list(own)
+    other, _ = cider(references, {stem: own[giver] for stem, giver in zip(stems, stems[1:] + stems[:1])}, idf="full")
+    assert score > 0.5 and score > 3 * other
+    assert score == pytest.approx(0.7, abs=0.2)

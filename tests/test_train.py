@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from models.decoder import LoraConfig
 from models.encoder import FrozenEncoder, build_encoder
 from models.features import encode_files
 from models.splits import Split, prepare_split, weigh_by_agreement
-from models.training import Stage
+from models.training import Average, Stage
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
@@ -126,6 +127,7 @@ TRAIN_MISTAKES = [
     ("--data DATA --encoder.weights ./no/clip", "encoder.weights: ./no/clip: no such file or folder"),
     ("--data DATA --device no_such_device", "device: 'no_such_device' is not available"),
     ("--data DATA --encoder.weights pip:none", "encoder.weights: pip:none: expected pip: and one of"),
+    ("--data DATA --ema 1", "ema: expected less than 1"),
     ("--data DATA --align.epochs 0 --finetune.epochs 0", "epochs: expected at least one stage that trains"),
 ]  # fmt: skip
 INFERENCE_MISTAKES = [
@@ -273,8 +275,9 @@ def read_back(cfg: p2_train.Config, file: Path) -> p2_train.Config:
     return parse_config(p2_train.Config, ["--config", str(file)])
 
 
-@pytest.mark.parametrize("dropout, stops", [(0.0, [3, 7, 18]), (0.1, [10, 13])])
-def test_a_stopped_run_goes_on_as_if_unbroken(config, tmp_path, dropout, stops, monkeypatch):
+@pytest.mark.parametrize("dropout, ema, stops", [(0.0, 0.0, [3, 7, 18]), (0.1, 0.9, [10, 13])])
+def test_a_stopped_run_goes_on_as_if_unbroken(config, tmp_path, dropout, ema, stops, monkeypatch):
+    config = partial(config, ema=ema)
     lora = LoraConfig(rank=4, alpha=8, dropout=dropout)
     p2_train.main(config(output=tmp_path / "whole", lora=lora))
     monkeypatch.setattr(p2_train, "plot_losses", lambda *_: None)  # slow, and seen above
@@ -289,6 +292,37 @@ def test_a_stopped_run_goes_on_as_if_unbroken(config, tmp_path, dropout, stops, 
         assert rows(cfg.output) == rows(tmp_path / "whole")
     p2_train.main(dataclasses.replace(cfg, resume=True))  # nothing is left to do
     assert rows(cfg.output) == rows(tmp_path / "whole")
+
+
+def test_an_average_forgets_its_start_and_then_follows_its_decay():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    average, expected = Average([weight], 0.5), 0.0
+    for step in range(1, 40):
+        weight.data.fill_(step)
+        average.update()
+        keep = min(0.5, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * step
+        with average.in_place():
+            assert weight.tolist() == pytest.approx([expected] * 2)
+        assert weight.tolist() == [step] * 2
+    again = Average([weight], 0.5)
+    again.load_state_dict(average.state_dict())
+    assert again.steps == 39 and torch.equal(again.values[0], average.values[0])
+
+
+def test_the_average_is_measured_and_kept_and_training_goes_on_without_it(config, tmp_path, monkeypatch):
+    averages, load = [], Average.update
+    monkeypatch.setattr(Average, "update", lambda self: (load(self), averages.append(self)))
+    for name, ema in (("plain", 0.0), ("averaged", 0.8)):
+        p2_train.main(config(output=tmp_path / name, ema=ema, align=Stage(epochs=0), finetune=Stage(epochs=1, lr=1e-2)))
+    plain, averaged = tmp_path / "plain", tmp_path / "averaged"
+    assert same(learnt(plain / "last"), learnt(averaged / "last"))
+    assert same(learnt(plain / "best"), learnt(plain / "last"))
+    best, values = learnt(averaged / "best"), averages[-1].values
+    assert not same(best, learnt(averaged / "last")) and len(best) == len(values)
+    assert sum(map(torch.sum, best.values())) == pytest.approx(sum(value.sum().item() for value in values), abs=1e-3)
+    losses = [row["val_loss"] for folder in (plain, averaged) for row in rows(folder) if "val_loss" in row]
+    assert losses[0] != losses[1]
 
 
 def test_a_run_learns_and_keeps_its_best(config, tmp_path):
@@ -344,7 +378,7 @@ def test_resume_refuses_changed_settings_and_overwrite_starts_anew(config, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, 2)
         p2_train.main(dataclasses.replace(cfg, overwrite=True, seed=1))
-    p2_train.main(dataclasses.replace(cfg, resume=True, seed=1))
+    p2_train.main(dataclasses.replace(cfg, resume=True, seed=2))  # no epoch has ended, so that it begins anew
     assert not same(learnt(cfg.output / "last"), before)
     assert [row["epoch"] for row in rows(cfg.output)] == [1, 1]
 
