@@ -10,7 +10,6 @@ and `--annotations`. The scores of every photo go to a JSON file. The last line 
 the (first) run.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,10 +19,9 @@ from typing import Any, Literal
 import numpy as np
 from jsonargparse.typing import PositiveInt
 
-from common.config import NothingDone, UserError
-from common.config import run as run_script
+from common.config import CommonSettings, NothingDone, UserError, run as run_script
 from common.device import pick_device
-from common.files import check_output, write_json
+from common.files import check_output, read_text, write_json
 from data.evaluation import Inputs, MissingPolicy, match, read_references, read_runs
 from data.photos import first_of
 from metrics import MetricUnavailable
@@ -40,7 +38,7 @@ Scores = dict[str, Score]  # by metric
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(CommonSettings):
     """What is scored, against what, and how."""
 
     predictions: list[Path]
@@ -59,8 +57,6 @@ class Config:
     """A photo without a prediction is a mistake, or is left out for all runs (skip), or scores 0 (zero)."""
     split: str | None = None
     """Split to score: of the annotations, where they hold several, or of `data` (val without it)."""
-    limit: PositiveInt | None = None
-    """Score the first so many photos of the annotations; predictions for the others are left aside."""
     clip_model: str = "ViT-B-32-quickgelu"
     """A model name of open_clip, local-dir:FOLDER or hf-hub:REPO."""
     clip_pretrained: str = "openai"
@@ -71,19 +67,16 @@ class Config:
     """Folder in which the photos' CLIP vectors are kept, so that the next run of captions reads no photo."""
     batch_size: PositiveInt = 32
     """Photos, or captions, that CLIP takes at a time."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
     output: Path | None = None
     """Scores as JSON; without it NAME.scores.json beside the predictions NAME.json, or scores.json for several runs,
     where older scores are replaced."""
-    overwrite: bool = False
-    """Replace an `output` that is there."""
     page: Path | None = None
     """Write an HTML page of every photo with its captions, references and scores; an older one is replaced."""
 
 
-def notice(text: str) -> None:
-    print(f"evaluate.py: {text}", file=sys.stderr)
+def notice(*texts: str) -> None:
+    for text in texts:
+        print(f"evaluate.py: {text}", file=sys.stderr)
 
 
 def check_settings(cfg: Config) -> Path:
@@ -96,13 +89,8 @@ def check_settings(cfg: Config) -> Path:
     beside = first.name.removesuffix(".json") + ".scores.json" if len(cfg.predictions) == 1 else "scores.json"
     path = cfg.output or first.with_name(beside)
     check_output(path, cfg.overwrite or cfg.output is None)
-    if path.exists():
-        try:
-            older = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            older = None
-        if not (isinstance(older, dict) and ("corpus" in older or "runs" in older)):
-            raise UserError(f"output: {path} exists and holds no scores; give another name")
+    if path.exists() and '"corpus": {' not in read_text(path, "older scores"):
+        raise UserError(f"output: {path} exists and holds no scores; give another name")
     if cfg.page:
         if cfg.page.suffix.lower() not in (".html", ".htm") or cfg.page == path:
             raise UserError(f"page: expected the name of an HTML file of its own, got {cfg.page}")
@@ -115,10 +103,8 @@ def encode_with_clip(clip: Clip, inputs: Inputs, cfg: Config) -> dict[str, ClipV
 
     Raises MetricUnavailable where no photo can be read.
     """
-    tower = ImageTower(clip)
-    features, good, bad = encode_files(tower, inputs.photos, cfg.features, cfg.batch_size, dtype=np.float32)
-    for error in bad:
-        notice(f"{error}; it gets no CLIPScore")
+    features, good, bad = encode_files(ImageTower(clip), inputs.photos, cfg.features, cfg.batch_size, dtype=np.float32)
+    notice(*(f"{error}; it gets no CLIPScore" for error in bad))
     if not good:
         raise MetricUnavailable("none of the photos can be read")
     if bad:
@@ -153,8 +139,7 @@ def score_runs(inputs: Inputs, vectors: dict[str, ClipVectors], cfg: Config) -> 
     failures = []
     for name in [name for name in METRICS if name in cfg.metrics]:
         try:
-            of_metric = [METRICS[name](run) for run in runs]
-            scores = [known | new for known, new in zip(scores, of_metric)]
+            scores = [known | METRICS[name](run) for known, run in zip(scores, runs)]
         except MetricUnavailable as reason:
             failures.append(f"{name} cannot run: {reason}")
     return scores, failures
@@ -171,16 +156,16 @@ def to_json(scores: Scores, stems: list[str], versions: dict[str, str], cfg: Con
         "missing": cfg.missing,
         "versions": versions,
         "corpus": {"cider": None, "clipscore": None} | {name: score.corpus for name, score in scores.items()},
-        "intervals": {name: interval(score, stems) for name, score in scores.items() if score.has_interval},
+        "intervals": {name: interval(score, stems, cfg.seed) for name, score in scores.items() if score.has_interval},
         "photos": {stem: {name: of_photos.get(stem) for name, of_photos in columns.items()} for stem in stems},
     }
 
 
-def compare(runs: list[dict[str, Any]], scores: list[Scores], stems: list[str]) -> list[dict[str, Any]]:
+def compare(runs: list[dict[str, Any]], scores: list[Scores], stems: list[str], seed: int) -> list[dict[str, Any]]:
     """How each run differs from the first one, by each metric that has an interval."""
     return [
         {"run": runs[i]["name"], "against": runs[0]["name"], "metric": metric}
-        | paired(scores[0][metric], scores[i][metric], stems)._asdict()
+        | paired(scores[0][metric], scores[i][metric], stems, seed)._asdict()
         for metric in runs[0]["intervals"]
         for i in range(1, len(runs))
     ]
@@ -228,8 +213,7 @@ def main(cfg: Config) -> None:
     annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split)
     inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, with_clip)
     output = check_settings(cfg)
-    for text in inputs.notices:
-        notice(text)
+    notice(*inputs.notices)
 
     versions, vectors, failures = {"pycocoevalcap": version("pycocoevalcap")}, {}, []
     if with_clip:
@@ -250,7 +234,7 @@ def main(cfg: Config) -> None:
         print(means)
         raise NothingDone("; ".join(failures))
     named = [{"name": run.name} | of_run for run, of_run in zip(inputs.runs, runs)]
-    differences = compare(named, scores, stems)
+    differences = compare(named, scores, stems, cfg.seed)
     write_json(output, runs[0] if len(runs) == 1 else {"runs": named, "paired": differences})
     print(table(named, differences))
     if len(runs) == 1:
@@ -259,8 +243,7 @@ def main(cfg: Config) -> None:
     if cfg.page:
         write_scores_page(cfg.page, inputs, runs, LABELS)
         print(f"page: {cfg.page}")
-    for text in failures:
-        notice(text)
+    notice(*failures)
     print(means)
 
 

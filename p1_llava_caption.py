@@ -15,7 +15,7 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from common.config import UserError, check, run
+from common.config import CommonSettings, UserError, check, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
 from data.annotations import find_photos
 from data.journal import Journal
@@ -25,15 +25,13 @@ from models.vlm import PROMPT, Quantize, check_model, check_quantize, load_vlm
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(CommonSettings):
     """Settings of a captioning run; the defaults are the published run."""
 
     images: Path
     """Folder of photos, a photo, a text file with one path a line, or an annotation file."""
     output: Path
     """Predictions JSON to write; with several decodings NAME.DECODING.json each."""
-    overwrite: bool = False
-    """Replace an output that is there, and begin anew."""
     model: str = "llava-hf/llava-1.5-7b-hf"
     """A vision-language model of transformers: hub id or local folder."""
     prompt: str = PROMPT
@@ -50,12 +48,6 @@ class Config:
     """auto is bf16 on CUDA and float32 elsewhere."""
     quantize: Quantize = "none"
     """Hold the weights in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    seed: int = 0
-    """What sampling draws for a photo depends on this, the decoding and the photo's name."""
-    limit: PositiveInt | None = None
-    """Only the first so many photos."""
 
 
 def check_settings(cfg: Config) -> None:
@@ -64,9 +56,7 @@ def check_settings(cfg: Config) -> None:
     if not cfg.decoding or len(set(cfg.decoding)) < len(cfg.decoding):
         problems.append(f"decoding: expected different names of decodings, got {' '.join(cfg.decoding) or 'none'}")
     if cfg.own != Decoding() and "own" not in cfg.decoding:
-        problems.append(
-            "own: these settings belong to the decoding `own`, which is not chosen; expected own in decoding"
-        )
+        problems.append("own: these settings are of the decoding `own`, not chosen; expected own in decoding")
     check(problems)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from common.config import check, run
+from common.config import CommonSettings, check, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
 from data.annotations import find_photos
 from data.journal import Journal
@@ -23,7 +23,7 @@ from models.decoding import Decoding, check_decoding, photo_seed
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(CommonSettings):
     """Settings of a captioning run."""
 
     checkpoint: Path
@@ -32,8 +32,6 @@ class Config:
     """Folder of photos, a photo, a text file with one path a line, or an annotation file."""
     output: Path
     """Predictions JSON to write."""
-    overwrite: bool = False
-    """Replace an output that is there, and begin anew."""
     decoding: Decoding = Decoding()
     """How a caption is chosen; greedy by default."""
     batch_size: PositiveInt = 16
@@ -44,12 +42,6 @@ class Config:
     """Cache of encoded photos that training left; what is in it need not be encoded, nothing is added."""
     precision: Precision = "float32"
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    seed: int = 0
-    """What sampling draws for a photo depends on this and the photo's name."""
-    limit: PositiveInt | None = None
-    """Only the first so many photos."""
 
 
 def main(cfg: Config) -> None:
@@ -57,17 +49,16 @@ def main(cfg: Config) -> None:
     photos, device = find_photos(cfg.images, limit=cfg.limit), pick_device(cfg.device)
     folder, decodings = find_checkpoint(cfg.checkpoint), {"caption": cfg.decoding}
     settings = {"checkpoint": folder, "decoding": asdict(cfg.decoding), "precision": cfg.precision, "seed": cfg.seed}
-    settings |= {"versions": library_versions()}
-    journal = Journal(cfg.output, {name: settings for name in decodings}, cfg.overwrite)
+    journal = Journal(cfg.output, {"caption": settings | {"versions": library_versions()}}, cfg.overwrite)
 
     model = load_captioner(folder)
     model.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
     model.ready(device, torch_dtype(cfg.precision), cfg.features)
     batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=journal.done)
     for batch in batches:
-        seeds = {name: [photo_seed(cfg.seed, photo.stem) for photo in batch] for name in decodings}
-        captions = model.generate(batch, decodings, seeds)
-        journal.append(batch, {name: [model.text(ids) for ids in captions[name]] for name in decodings})
+        seeds = {"caption": [photo_seed(cfg.seed, photo.stem) for photo in batch]}
+        captions = model.generate(batch, decodings, seeds)["caption"]
+        journal.append(batch, {"caption": [model.text(ids) for ids in captions]})
     journal.finish(photos, batches.bad, {"captioner": asdict(model.config), "device": str(device)})
 
 

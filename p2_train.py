@@ -11,53 +11,37 @@ metrics.jsonl, loss.png, best/ (lowest validation loss) and last/ (the end of th
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
-from torch import Tensor
 from tqdm import tqdm
 
-from common.config import UserError, check, flatten, plain, run
-from common.device import Precision, pick_device, seed_everything, torch_dtype
+from common.config import CommonSettings, UserError, check, flatten, plain, run
+from common.device import Precision, pick_device, torch_dtype
 from common.files import JsonLines, folder_problems, remove_folder, restore_folder, written_whole
 from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
 from data.prefetch import prefetch
 from metrics.cider import cider, consensus, find_java
+from models import training
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.checkpoint import check_checkpoint, find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
-from models.decoder import DecoderConfig, LoraConfig, attention, causal_lm, check_decoder
+from models.decoder import attention, causal_lm, check_decoder
 from models.decoding import Decoding
-from models.encoder import EncoderConfig, check_encoder
-from models.packing import PackedBatch
-from models.projector import ProjectorConfig
+from models.encoder import check_encoder
 from models.splits import Split, prepare_split, weigh_by_agreement
-from models.training import (
-    STAGES,
-    Average,
-    Stage,
-    check_stage,
-    make_optimizer,
-    make_schedule,
-    parameters_of,
-    prepare_training,
-    set_trainable,
-)
 from pages.figures import plot_losses
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings; the defaults are the published run."""
+class Config(CommonSettings, CaptionerConfig):
+    """Settings: the captioner's encoder, projector, decoder and lora, and these; the defaults are the published run."""
 
     data: Path | None = None
     """Folder with train.json, val.json and images/; or name the four below."""
@@ -71,24 +55,14 @@ class Config:
     """Folder of the validation photos."""
     output: Path | None = None
     """Run folder to write."""
-    overwrite: bool = False
-    """Replace a run that is there."""
     resume: bool = False
     """Go on with the run in `output` from the end of its last epoch."""
     dry_run: bool = False
     """Print the parts and their trainable parameters, and stop: no data, no network, no weights."""
 
-    encoder: EncoderConfig = EncoderConfig()
-    """The frozen image encoder."""
-    projector: ProjectorConfig = ProjectorConfig()
-    """What maps patch features to word embeddings."""
-    decoder: DecoderConfig = DecoderConfig()
-    """The language model."""
-    lora: LoraConfig = LoraConfig()
-    """The decoder's adapters."""
-    align: Stage = Stage()
+    align: training.Stage = training.Stage()
     """Stage 1: the projector alone."""
-    finetune: Stage = Stage(epochs=3, schedule="warm_restarts", min_lr=1e-4)
+    finetune: training.Stage = training.Stage(epochs=3, schedule="warm_restarts", min_lr=1e-4)
     """Stage 2: projector and LoRA."""
 
     batch_size: PositiveInt = 12
@@ -115,12 +89,6 @@ class Config:
     """Go on without photos that cannot be decoded, instead of ending with an error."""
     features: Path = Path("runs/features")
     """Cache of encoded photos, shared by all runs."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    seed: int = 0
-    """Decides the projector's start, the adapters' and the order of the captions."""
-    limit: PositiveInt | None = None
-    """Only the first so many training photos."""
     val_limit: PositiveInt | None = None
     """Only the first so many validation photos."""
 
@@ -131,23 +99,17 @@ class Config:
 def check_settings(cfg: Config) -> None:
     """Raise a UserError for what is wrong with the settings alone."""
     problems = check_encoder(cfg.encoder) + check_decoder(cfg.decoder)
-    for name in STAGES:
-        problems += check_stage(name, getattr(cfg, name))
-    if not any(getattr(cfg, name).epochs for name in STAGES):
+    problems += training.check_stage("align", cfg.align) + training.check_stage("finetune", cfg.finetune)
+    if not cfg.align.epochs and not cfg.finetune.epochs:
         problems.append("finetune.epochs: expected at least one stage that trains, got 0 epochs in all")
     if cfg.ema == 1:
         problems.append("ema: expected less than 1, since the average would never change, got 1")
     if cfg.batch_size % cfg.captions_per_row:
-        problems.append(
-            f"batch_size: expected a multiple of captions_per_row {cfg.captions_per_row}, got {cfg.batch_size}"
-        )
+        expected = f"a multiple of captions_per_row {cfg.captions_per_row}"
+        problems.append(f"batch_size: expected {expected}, got {cfg.batch_size}")
     if not cfg.dry_run:
-        if cfg.data is None and cfg.annotations is None:
-            problems.append("data: required, not given (or annotations and images)")
-        if cfg.data and (cfg.annotations or cfg.val_annotations):
-            problems.append("data: expected either data, or annotations and images, got both")
-        if cfg.val_cider and cfg.data is None and cfg.val_annotations is None:
-            problems.append("val_cider: needs validation photos, none given")
+        if (cfg.data is None) == (cfg.annotations is None) or (cfg.data and cfg.val_annotations):
+            problems.append("data: expected either data or annotations, got " + ("both" if cfg.data else "neither"))
         hint = "--resume goes on with it, --overwrite replaces it"
         problems += folder_problems(cfg.output, cfg.overwrite or cfg.resume, hint, marker="config.yaml")
     check(problems)
@@ -165,32 +127,27 @@ def settings_of(cfg: Config) -> dict:
 
 def resumed_state(cfg: Config) -> dict | None:
     """The trainer's state in last/; None where there is none yet. Raises UserError if the settings have changed."""
-    file = cfg.output / "config.yaml"
-    if not cfg.resume or not file.exists():
+    last = cfg.output / "last"
+    restore_folder(last)
+    if not cfg.resume or not (last / "trainer.pt").exists():
         return None
+    stored = yaml.safe_load((cfg.output / "config.yaml").read_text(encoding="utf-8"))
+    before = flatten(settings_of(Config())) | flatten(stored)
     elsewhere = ("device", "features", "output", "data", "images", "val_images")  # the same run on another machine
-    before = flatten(settings_of(Config())) | flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
-    now = flatten(settings_of(cfg))
-    changed = [key for key in now if key not in elsewhere and now[key] != before[key]]
-    check([f"resume: {key} was {before[key]}, is {now[key]}" for key in changed])
-    restore_folder(cfg.output / "last")
-    state = cfg.output / "last" / "trainer.pt"
-    if not state.exists():
-        return None
-    check_checkpoint(cfg.output / "last")
-    return torch.load(state, map_location="cpu", weights_only=True)
+    now = {key: value for key, value in flatten(settings_of(cfg)).items() if key not in elsewhere}
+    check([f"resume: {key} was {before[key]}, is {now[key]}" for key in now if now[key] != before[key]])
+    check_checkpoint(last)
+    return torch.load(last / "trainer.pt", map_location="cpu", weights_only=True)
 
 
-def begin_run(cfg: Config, resumed: bool, logged: int) -> JsonLines:
-    """Write config.yaml and return the metrics log with its first `logged` rows; a new run starts without folders."""
+def begin_run(cfg: Config, resumed: bool, logged: int) -> None:
+    """Write config.yaml and keep the first `logged` rows of the metrics log; a new run starts without folders."""
     if not resumed:
         remove_folder(cfg.output / "best")
         remove_folder(cfg.output / "last")
-    log = JsonLines(cfg.output / "metrics.jsonl")
-    log.keep(logged)  # what a killed run logged after its last save is done again
+    JsonLines(cfg.output / "metrics.jsonl").keep(logged)  # what a killed run logged after its last save is done again
     with written_whole(cfg.output / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")
-    return log
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -202,70 +159,69 @@ class Trainer:
     def __init__(self, cfg: Config, accelerator: Accelerator, captioner: Captioner, train: Split, val: Split | None):
         self.cfg, self.accelerator, self.captioner, self.train, self.val = cfg, accelerator, captioner, train, val
         self.model = captioner  # as accelerate wraps it, once a stage has begun
-        self.attention = prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
-        self.state = {"stage": next(iter(STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
+        self.attention = training.prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
+        self.state = {"stage": next(iter(training.STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
         self.log = JsonLines(cfg.output / "metrics.jsonl")
 
     def run(self) -> None:
         """Train the stages from where `state` says."""
-        names = list(STAGES)
+        names = list(training.STAGES)
         for name in names[names.index(self.state["stage"]) :]:
-            if self.state["stage"] != name:
-                self.state |= {"stage": name, "epoch": 0}
             self.train_stage(name)
+            self.state["epoch"] = 0
 
     def train_stage(self, name: str) -> None:
         """Train one stage, epoch by epoch."""
         cfg, stage, accelerator = self.cfg, getattr(self.cfg, name), self.accelerator
         self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         accelerator.free_memory()  # the optimizer of the stage before must not be stepped again
-        groups = set_trainable(self.captioner, name, stage)
-        epoch_steps = sum(1 for _ in self.optimizer_steps())
-        optimizer = make_optimizer(groups, stage)
-        schedule = make_schedule(optimizer, stage, epoch_steps)
+        groups = training.set_trainable(self.captioner, name, stage)
+        epoch_steps = len(self.optimizer_steps())
+        optimizer = training.make_optimizer(groups, stage)
+        schedule = training.make_schedule(optimizer, stage, epoch_steps)
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
-        average = Average(parameters_of(groups), cfg.ema)  # on the device by now
+        average = training.Average(training.parameters_of(groups), cfg.ema)  # on the device by now
         parts = {"optimizer": optimizer, "schedule": schedule, "average": average}
         for part in self.state.keys() & parts.keys():  # resumed inside this stage
             parts[part].load_state_dict(self.state.pop(part))
         for epoch in range(self.state["epoch"], math.ceil(stage.epochs)):
-            count = min(epoch_steps, round(stage.epochs * epoch_steps) - epoch * epoch_steps)
-            # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
-            order = 1000 * cfg.seed + 100 * list(STAGES).index(name) + epoch
             start = time.monotonic()
-            self.train_epoch(f"{name} {epoch + 1}/{math.ceil(stage.epochs)}", order, count, **parts)
-            self.state |= {"stage": name, "epoch": epoch + 1}
+            # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
+            steps = self.optimizer_steps(order=1000 * cfg.seed + 100 * list(training.STAGES).index(name) + epoch)
+            count = round(stage.epochs * epoch_steps) - epoch * epoch_steps  # may be more than there are
+            place = {"stage": name, "epoch": epoch + 1}
+            self.train_epoch(place, steps[:count], **parts)
+            self.state |= place
             with average.in_place():
-                self.measure(round(time.monotonic() - start, 1))
+                self.measure(place | {"seconds": round(time.monotonic() - start, 1)})
             self.save_last(parts)
 
-    def optimizer_steps(self, order: int | None = None) -> Iterator[tuple[list[list[Row]], int]]:
+    def optimizer_steps(self, order: int | None = None) -> list[tuple[list[list[Row]], int]]:
         """An epoch, shuffled by the seed `order`: batches of this process and tokens of all, by optimizer step."""
         cfg, accelerator = self.cfg, self.accelerator
         batches = epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row, order, cfg.bucket)
-        return optimizer_steps(batches, cfg.gradient_accumulation, accelerator.num_processes, accelerator.process_index)
+        share = accelerator.num_processes, accelerator.process_index
+        return list(optimizer_steps(batches, cfg.gradient_accumulation, *share))
 
-    def with_inputs(self, step: tuple[list[list[Row]], int]) -> tuple[list[list[Row]], int, list]:
-        """An optimizer step, and the inputs of its batches."""
-        batches, tokens = step
+    def inputs(self, step: tuple[list[list[Row]], int]) -> list[tuple]:
+        """The inputs of an optimizer step's batches: for each the photos' features and the packed captions."""
         # every process must take part in the exchange of gradients, so an empty batch gets a row, at weight 0
         spare = [(0, self.train.captions[0][:1])]
-        pin = self.accelerator.device.type == "cuda"
-        return batches, tokens, [self.train.inputs(batch or spare, pin) for batch in batches]
+        return [self.train.inputs(batch or spare, self.accelerator.device.type == "cuda") for batch in step[0]]
 
-    def loss(self, model, features: Tensor, packed: PackedBatch) -> Tensor:
+    def loss(self, model, features: torch.Tensor, packed) -> torch.Tensor:
         """Sum of the losses of a batch's supervised tokens."""
         device = self.accelerator.device
         return model(features.to(device, non_blocking=features.is_pinned()), packed.to(device))[0]
 
-    def train_epoch(self, label: str, order: int, count: int, optimizer, schedule, average: Average) -> None:
-        """The first `count` optimizer steps of an epoch, behind a progress bar."""
+    def train_epoch(self, place: dict, steps: list, optimizer, schedule, average: training.Average) -> None:
+        """Take the optimizer `steps`, behind a progress bar; `place` is the stage and the epoch, for the log."""
         accelerator, start = self.accelerator, time.monotonic()
-        steps = prefetch(islice(self.optimizer_steps(order), count), self.with_inputs)
-        bar = tqdm(steps, label, total=count, mininterval=1, disable=not accelerator.is_main_process)
+        label, main = "{stage}, epoch {epoch}".format_map(place), accelerator.is_main_process
+        bar = tqdm(prefetch(steps, self.inputs), label, total=len(steps), mininterval=1, disable=not main)
         captions, token_sum, loss_sum = 0, 0, torch.zeros((), device=accelerator.device)
         self.captioner.train()
-        for step, (batches, tokens, inputs) in enumerate(bar, start=1):
+        for step, (inputs, (batches, tokens)) in enumerate(zip(bar, steps), start=1):
             for i, batch in enumerate(batches):
                 with accelerator.no_sync(self.model) if i + 1 < len(batches) else nullcontext():
                     loss = self.loss(self.model, *inputs[i]) * bool(batch)
@@ -281,33 +237,27 @@ class Trainer:
             average.update()
             schedule.step()
             token_sum += tokens
-            if step % 20 == 0 or step == count:  # reading the loss makes a GPU wait, so not at each step
+            if step % 20 == 0 or step == len(steps):  # reading the loss makes a GPU wait, so not at each step
                 mean = accelerator.reduce(loss_sum, "sum").item() / token_sum
                 rate = captions / (time.monotonic() - start)
                 bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", captions_a_second=f"{rate:.1f}")
-                stage, epoch = label.split("/")[0].split()
-                self.write_log(stage=stage, epoch=int(epoch), step=step, loss=round(mean, 5), lr=lr)
+                if main:
+                    self.log.append(place | {"step": step, "loss": round(mean, 5), "lr": lr})
                 loss_sum, token_sum = torch.zeros_like(loss_sum), 0
-
-    def write_log(self, **figures) -> None:
-        """Add a row to metrics.jsonl."""
-        if self.accelerator.is_main_process:
-            self.log.append(figures)
 
     # ----------------------------------------------------------------------------------- the end of an epoch
 
-    def measure(self, seconds: float) -> None:
-        """Measure on the validation photos; write the log, loss.png and, where this is the best, best/."""
+    def measure(self, row: dict) -> None:
+        """Measure on the validation photos; write the log (`row`), loss.png and, where this is the best, best/."""
         cfg, state = self.cfg, self.state
         self.captioner.eval()
-        row = {"stage": state["stage"], "epoch": state["epoch"], "seconds": seconds}
         if self.val:
             row["val_loss"] = self.validation_loss()
         if not self.accelerator.is_main_process:
             return
-        if self.val and cfg.val_cider:
+        if cfg.val_cider:
             row["val_cider"] = self.validation_cider()
-        self.write_log(**row)
+        self.log.append(row)
         print("  ".join(f"{key} {round(value, 4) if key.startswith('val') else value}" for key, value in row.items()))
         plot_losses(self.log.rows(), cfg.output / "loss.png")
         # without validation photos the last epoch is the best that is known
@@ -318,9 +268,8 @@ class Trainer:
     def save_last(self, parts: dict) -> None:
         """Write last/, where the run can go on; `parts` are what has a state_dict."""
         if self.accelerator.is_main_process:
-            self.state["logged"] = len(self.log.rows())
+            self.state |= {"logged": len(self.log.rows()), "rng": torch.get_rng_state()}
             trainer = self.state | {name: part.state_dict() for name, part in parts.items()}
-            trainer["rng"] = torch.get_rng_state()
             save_captioner(self.captioner, self.cfg.output / "last", extra={"trainer.pt": trainer})
 
     @torch.no_grad()
@@ -351,26 +300,28 @@ def main(cfg: Config) -> None:
     model = CaptionerConfig(cfg.encoder, cfg.projector, cfg.decoder, cfg.lora)
     if cfg.dry_run:
         captioner = build_captioner(model, load_weights=False)
-        for name in STAGES:
-            set_trainable(captioner, name, getattr(cfg, name))
+        for name in training.STAGES:
+            training.set_trainable(captioner, name, getattr(cfg, name))
         return
     device = pick_device(cfg.device)
     if cfg.precision == "fp16" and device.type != "cuda":
         raise UserError(f"precision: fp16 trains on CUDA alone, the device is {device}; expected bf16 or float32")
     state = resumed_state(cfg)
     val_source = cfg.val_annotations, cfg.val_images or cfg.images
-    sources = read_splits(cfg.data, (cfg.annotations, cfg.images), val_source, cfg.limit, cfg.val_limit)
+    photos, val_photos = read_splits(cfg.data, (cfg.annotations, cfg.images), val_source, cfg.limit, cfg.val_limit)
+    if cfg.val_cider and not val_photos:
+        raise UserError("val_cider: needs validation photos, none given")
 
     if device.index is not None:
         torch.cuda.set_device(device)
     precision = "no" if cfg.precision == "float32" else cfg.precision
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     captioner = build_captioner(model)
     captioner.encoder.to(accelerator.device)
-    prepare = partial(prepare_split, captioner, cache=cfg.features, skip_bad_photos=cfg.skip_bad_photos)
     with accelerator.main_process_first():  # the others find the features in the cache
-        train, val = (prepare(photos) if photos else None for photos in sources)
+        train = prepare_split(captioner, photos, cfg.features, cfg.skip_bad_photos)
+        val = prepare_split(captioner, val_photos, cfg.features, cfg.skip_bad_photos) if val_photos else None
     captioner.frequencies = count_frequencies(photo.captions for photo in train.photos[:20_000])  # enough, if many
     if cfg.consensus:
         agreement = consensus({photo.stem: list(photo.captions) for photo in train.photos})

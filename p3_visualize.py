@@ -12,52 +12,48 @@ on what the words name, beside controls that show what chance gives.
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
-from common.config import NothingDone, UserError, check, plain, run
-from common.device import Precision, pick_device, seed_everything, torch_dtype
-from common.files import check_output, folder_problems, write_json
+from common.config import CommonSettings, NothingDone, UserError, check, plain, run
+from common.device import Precision, pick_device, torch_dtype
+from common.files import check_output, folder_problems, read_text, write_json
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.photos import LoadedPhoto, Photo, PhotoBatches
 from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named
 from metrics.object_words import phrases
-from models.attention import AttentionRecord
 from models.attribution import METHODS, Unit, split_units
 from models.checkpoint import find_checkpoint, load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
-from models.encoder import PatchGrid
 from models.interface import CaptionModel
 from models.vlm import PROMPT, Quantize, check_model, check_quantize, load_vlm
 from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
 
-DEFAULT = "rel"
+Grounded = dict[Photo, list[tuple[list[int], list[Named]]]]  # a photo's captions, and the objects that each names
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(CommonSettings):
     """Whose attention is drawn, on which photos, and how."""
 
     images: Path
     """Folder of photos, a photo, a text file with one path a line, or an annotation file."""
     output: Path
     """Folder to write."""
-    overwrite: bool = False
-    """Write into a folder that is there, over what it holds."""
     checkpoint: Path | None = None
     """A run folder of p2_train.py, or a checkpoint folder in it."""
     model: str | None = None
     """Instead of a checkpoint: a LLaVA of transformers, hub id or local folder."""
     prompt: str = PROMPT
     """What a LLaVA is asked."""
-    method: Literal[tuple(METHODS)] = DEFAULT
+    method: Literal[tuple(METHODS)] = "rel"
     """Method of the PNGs, and the one that the page shows first; the README says what each is, and what it scored."""
     unit: Literal["word", "token"] = "word"
     """word joins sub-words; token shows them apart, the closing end token included."""
@@ -85,29 +81,19 @@ class Config:
     """Cache of encoded photos that training left; a captioner need not encode what is in it, nothing is added."""
     quantize: Quantize = "none"
     """Hold a LLaVA's weights in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    seed: NonNegativeInt = 0
-    """Decides sampling, the controls and the intervals."""
-    limit: PositiveInt | None = None
-    """Only the first so many photos."""
     pictures: bool = True
     """False measures the grounding alone and draws nothing."""
 
 
 def check_settings(cfg: Config) -> None:
     """Raise a UserError for what is wrong with the settings alone."""
-    problems = check_decoding("decoding", cfg.decoding)
+    problems = check_decoding("decoding", cfg.decoding) + (check_model(cfg.model) if cfg.model else [])
     if (cfg.checkpoint is None) == (cfg.model is None):
         problems.append("checkpoint: expected either checkpoint or model, got " + ("both" if cfg.model else "neither"))
-    problems += check_model(cfg.model) if cfg.model else []
     if cfg.quantize != "none" and not cfg.model:
         problems.append(f"quantize: {cfg.quantize} is for a LLaVA; expected model with it")
     if cfg.instances and (cfg.quantize != "none" or cfg.unit == "token"):
-        problems.append(
-            "instances: grounding is of words, and its controls draw weights anew; expected unit word and "
-            "quantize none with it"
-        )
+        problems.append("instances: grounding is of words and redraws weights; expected unit word and quantize none")
     if cfg.scores and cfg.top + cfg.bottom == 0:
         problems.append("scores: with top 0 and bottom 0 no photo is left; expected one of them higher")
     if cfg.output.resolve() == cfg.images.resolve():
@@ -123,21 +109,17 @@ def choose(photos: list[Photo], cfg: Config) -> tuple[list[Photo], dict[str, str
     if cfg.scores is None:
         return photos, {}
     try:
-        scored = json.loads(cfg.scores.read_text(encoding="utf-8"))
-        scored = scored.get("runs", [scored])[0]["photos"]
-        found = {stem: float(one[cfg.by]) for stem, one in scored.items() if one[cfg.by] is not None}
-    except OSError as error:
-        raise UserError(f"scores: {cfg.scores}: {(error.strerror or str(error)).lower()}") from None
+        content = json.loads(read_text(cfg.scores, "scores of evaluate.py"))
+        scores = content.get("runs", [content])[0]["photos"]
+        found = {stem: float(one[cfg.by]) for stem, one in scores.items() if one[cfg.by] is not None}
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
         raise UserError(f"scores: {cfg.scores}: expected a file of evaluate.py's, {cfg.by} in it") from None
-    by_stem = {photo.stem: photo for photo in photos}
-    order = sorted((stem for stem in found if stem in by_stem), key=lambda stem: -found[stem])
-    if not order:
+    scored = sorted((photo for photo in photos if photo.stem in found), key=lambda photo: -found[photo.stem])
+    if not scored:
         raise UserError(f"scores: {cfg.scores} scores none of the photos of {cfg.images}")
-    best, worst = order[: cfg.top], order[max(len(order) - cfg.bottom, 0) :]
-    notes = {stem: f"worst by {cfg.by}: {found[stem]:.3f}" for stem in worst}
-    notes |= {stem: f"best by {cfg.by}: {found[stem]:.3f}" for stem in best}
-    return [by_stem[stem] for stem in dict.fromkeys([*best, *worst])], notes
+    notes = {photo.stem: f"worst by {cfg.by}: {found[photo.stem]:.3f}" for photo in scored[::-1][: cfg.bottom]}
+    notes |= {photo.stem: f"best by {cfg.by}: {found[photo.stem]:.3f}" for photo in scored[: cfg.top]}
+    return [photo for photo in scored if photo.stem in notes], notes
 
 
 def load_model(cfg: Config) -> CaptionModel:
@@ -164,52 +146,39 @@ def captions_of(model: CaptionModel, batch: list[LoadedPhoto], cfg: Config) -> l
 # ------------------------------------------------------------------------------------------- one caption
 
 
-def masks_of(loaded: LoadedPhoto, instances: Instances | None) -> dict[str, np.ndarray]:
+def masks_of(loaded: LoadedPhoto, instances: Instances) -> dict[str, np.ndarray]:
     """The photo's masks by category; none, said on stderr, where they have another size than the photo."""
-    if instances is None:
-        return {}
-    image = loaded.image
-    height, width = instances.sizes.get(loaded.stem, image.size[::-1])
-    if (width, height) != image.size:
-        tqdm.write(
-            f"{loaded.photo.path} has {image.width} x {image.height} pixels, its masks {width} x {height}: it is not "
-            "grounded; the photos are needed in the size in which they were annotated",
-            file=sys.stderr,
-        )
-        return {}
-    return instances.masks(loaded.stem)
+    width, height = loaded.image.size
+    rows, columns = instances.sizes.get(loaded.stem, (height, width))
+    if (rows, columns) == (height, width):
+        return instances.masks(loaded.stem)
+    sizes = f"{loaded.photo.path} has {width} x {height} pixels, its masks {columns} x {rows}"
+    tqdm.write(f"{sizes}: it is not grounded; photos are needed in the size that was annotated", file=sys.stderr)
+    return {}
 
 
-def named_objects(units: Sequence[Unit], masks: dict[str, np.ndarray], grid: PatchGrid) -> list[Named]:
+def named_objects(units: list[Unit], masks: dict[str, np.ndarray], box: tuple, shape: tuple[int, int]) -> list[Named]:
     """The objects that a caption names, that are in its photo and that the model saw."""
     places = find_named([unit.text for unit in units], {name: phrases(name) for name in masks})
-    shape = (grid.rows, grid.columns)
-    named = [Named(name, words, cover_on_grid(masks[name], grid.box, shape)) for name, words in places]
+    named = [Named(name, words, cover_on_grid(masks[name], box, shape)) for name, words in places]
     return [one for one in named if one.cover.max() > 0]
-
-
-def maps_of(record: AttentionRecord, units: Sequence[Unit], grid: PatchGrid, methods: Sequence[str]) -> dict:
-    """{method: (W, P)} maps of a caption's words."""
-    return {name: METHODS[name](record, units, (grid.rows, grid.columns)) for name in methods}
 
 
 # ------------------------------------------------------------------------------------------- the control
 
 
-def measure_random_weights(
-    model: CaptionModel, grounded: dict[Photo, list[tuple[list[int], list[Named]]]], table: GroundingTable, cfg: Config
-) -> None:
+def measure_random_weights(model: CaptionModel, grounded: Grounded, table: GroundingTable, cfg: Config) -> None:
     """Add the control of random weights to `table`: the same captions, read by a model that has learnt nothing."""
-    seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     model.randomize()
-    methods = list(dict.fromkeys(("last_mean", cfg.method)))
     for batch in PhotoBatches(list(grounded), cfg.batch_size, cfg.workers, "random weights"):
         captions = [[ids for ids, _ in grounded[loaded.photo]] for loaded in batch]
         for loaded, records in zip(batch, model.attend(batch, captions)):
             grid = model.patch_grid(*loaded.image.size)
             for record, (_, named) in zip(records, grounded[loaded.photo]):
                 units = split_units(record, model.tokenizer, cfg.unit)
-                for name, maps in maps_of(record, units, grid, methods).items():
+                for name in dict.fromkeys(("last_mean", cfg.method)):
+                    maps = METHODS[name](record, units, (grid.rows, grid.columns))
                     table.add(f"random weights, {name}", loaded.stem, maps, named)
 
 
@@ -229,18 +198,18 @@ def read_inputs(cfg: Config) -> tuple[list[Photo], dict[str, str], Instances | N
     return photos, notes, instances
 
 
-def finish(drawn: list[dict], table: GroundingTable, grounded: bool, cfg: Config) -> None:
+def finish(drawn: list[dict], table: GroundingTable, cfg: Config) -> None:
     """Write the page and the grounding scores, and print where they are. Raises NothingDone where there is neither."""
     if drawn:
         write_heatmap_page(drawn, cfg.method, "Where each word looked", cfg.output / "index.html")
         print(f"{cfg.output}/index.html, and a PNG for each of {len(drawn)} photos")
-    if grounded:
+    if table.sums:
         content, text = table.summary(cfg.method)
         write_json(cfg.output / "grounding.json", content | {"settings": plain(cfg)})
         print(f"{text}\n{cfg.output}/grounding.json")
     elif cfg.instances:
         print("no caption names an object of its photo: nothing to ground")
-    if not drawn and not grounded:
+    if not drawn and not table.sums:
         raise NothingDone("nothing could be drawn or grounded")
 
 
@@ -254,35 +223,32 @@ def main(cfg: Config) -> None:
     for older in ("index.html", "grounding.json"):
         (cfg.output / older).unlink(missing_ok=True)
 
-    drawn: list[dict] = []
-    table, grounded = GroundingTable(cfg.seed), {}  # photo -> its captions, and what each names
+    drawn, grounded, table = [], {}, GroundingTable(cfg.seed)
     for batch in PhotoBatches(photos, cfg.batch_size, cfg.workers, "attention"):
-        captions = captions_of(model, batch, cfg)
-        for loaded, records in zip(batch, model.attend(batch, captions)):
-            grid, masks = model.patch_grid(*loaded.image.size), masks_of(loaded, instances)
+        for loaded, records in zip(batch, model.attend(batch, captions_of(model, batch, cfg))):
+            grid, masks = model.patch_grid(*loaded.image.size), masks_of(loaded, instances) if instances else {}
+            shape = (grid.rows, grid.columns)
             for number, record in enumerate(records):
                 units = split_units(record, model.tokenizer, cfg.unit)
                 if not units:
                     tqdm.write(f"{loaded.stem}: an empty caption, nothing to draw", file=sys.stderr)
                     continue
-                maps, named = maps_of(record, units, grid, list(METHODS)), named_objects(units, masks, grid)
+                maps = {name: method(record, units, shape) for name, method in METHODS.items()}
+                named = named_objects(units, masks, grid.box, shape)
                 if named:
                     for name in METHODS:
                         table.add(name, loaded.stem, maps[name], named)
-                    table.add_controls(loaded.stem, maps[cfg.method], named, (grid.rows, grid.columns))
+                    table.add_controls(loaded.stem, maps[cfg.method], named, shape)
                     grounded.setdefault(loaded.photo, []).append((record.ids[:-1], named))
                 if cfg.pictures and number == 0:
-                    objects, note = (
-                        {one.name: (one.words, masks[one.name]) for one in named},
-                        notes.get(loaded.stem, ""),
-                    )
-                    text = model.text(record.ids[:-1])
+                    objects = {one.name: (one.words, masks[one.name]) for one in named}
+                    text, note = model.text(record.ids[:-1]), notes.get(loaded.stem, "")
                     shown = Drawn(loaded.stem, loaded.image, text, units, grid, maps, note, objects)
                     draw_words(shown, cfg.method, cfg.output / f"{loaded.stem}.png")
                     drawn.append(page_entry(shown))
     if grounded:
         measure_random_weights(model, grounded, table, cfg)
-    finish(drawn, table, bool(grounded), cfg)
+    finish(drawn, table, cfg)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.measure import Rounds, by_device, interleaved, report, write_photos
 from common.config import run
-from common.device import pick_device, seed_everything
+from common.device import pick_device
 from data.photos import LoadedPhoto, load_photo
 from demo.standins import build_llava, llava_processor, train_llava_tokenizer
 from models.decoding import PRESETS, generation_config, photo_seed, samplers, until_eos
@@ -67,7 +67,7 @@ def ours(
 
 @torch.inference_mode()
 def main(cfg: Rounds) -> None:
-    seed_everything(0)
+    torch.manual_seed(0)
     device = pick_device(cfg.device)
     vlm, batches = build(device), by_device(BATCHES, device)
     with TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Products, Rounds, by_device, interleaved, peak_memory, report, write_photos
 from common.config import run
-from common.device import pick_device, seed_everything
+from common.device import pick_device
 from data.photos import open_photo
 from models.captioner import Captioner, CaptionerConfig
 from models.decoder import LoraConfig, add_lora
@@ -42,7 +42,7 @@ def build(name: str, device: torch.device) -> Captioner:
     """A captioner without encoder and tokenizer: random weights, adapters that already change the output."""
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-    seed_everything(0)
+    torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(GPT2Config() if name == "gpt2" else LlamaConfig(**SMOLLM2))
     _, width, rank = SHAPES[name]
     projector = Projector(ProjectorConfig(), width, lm.get_input_embeddings().embedding_dim)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.measure import Rounds, by_device, interleaved, report
 from common.config import run
-from common.device import pick_device, seed_everything
+from common.device import pick_device
 from models.attention import record_attention
 
 TOKENS, IMAGE, CAPTION, FIRST = 616, 576, 20, 10  # the image tokens begin behind 10 tokens of the prompt
@@ -25,7 +25,7 @@ WIDTHS = {"cpu": (1024, 2048), "cuda": (4096, 11008)}  # of the hidden states an
 def main(cfg: Rounds) -> None:
     from transformers import LlamaConfig, LlamaModel
 
-    seed_everything(0)
+    torch.manual_seed(0)
     device = pick_device(cfg.device)
     width, mlp = by_device(WIDTHS, device)
     shape = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measure import Rounds, interleaved, report, write_photos
 from common.config import run
-from common.device import pick_device, seed_everything
+from common.device import pick_device
 from data.photos import open_photo
 from demo import shapes
 from metrics.cider import cider, find_java, tokenize_lines
@@ -100,7 +100,7 @@ def time_photos(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
 
 @torch.inference_mode()
 def main(cfg: Rounds) -> None:
-    seed_everything(0)
+    torch.manual_seed(0)
     clip = random_clip(pick_device(cfg.device))
     timed = time_cider(cfg), time_texts(clip, cfg), time_photos(clip, cfg)
     seconds = {name: value for found, _ in timed for name, value in found.items()}

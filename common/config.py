@@ -10,13 +10,13 @@ import json
 import re
 import signal
 import sys
-import types
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 T = TypeVar("T")
 
@@ -27,6 +27,20 @@ class UserError(Exception):
 
 class NothingDone(Exception):
     """The request was sound, but nothing could be done (no photo readable, say). Exit code 3."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonSettings:
+    """Settings that mean the same in each of the five scripts."""
+
+    overwrite: bool = False
+    """Replace an output that is there, and begin anew."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    seed: NonNegativeInt = 0
+    """Decides all that is drawn at random; what is sampled for a photo depends on it and on the photo's name."""
+    limit: PositiveInt | None = None
+    """Only the first so many photos, of the folder or of the annotations."""
 
 
 def check(problems: Sequence[str], shown: int = 5) -> None:
@@ -61,7 +75,7 @@ def config_from(Config: type[T], values: Any) -> T:
 def field_types(Config: type, prefix: str = "") -> dict[str, Any]:
     """Type of every field of a config dataclass by its dotted name; fields that are dataclasses are entered."""
     fields: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(Config).items():
+    for name, kind in get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             fields |= field_types(kind, f"{prefix}{name}.")
         else:
@@ -117,15 +131,10 @@ def _read_yaml(key: str, file: str) -> dict[str, Any]:
 
 def _build(Config: type[T], settings: dict[str, Any]) -> T:
     """The config of these settings by dotted name, each converted to its field's type by jsonargparse."""
-    from jsonargparse import ArgumentError, Namespace
-
-    parser, fields, given = _parser(Config), field_types(Config), Namespace()
-    for key, value in settings.items():
-        if key not in fields:
-            raise _unknown(key, value, fields)
-        given[key] = value
+    parser, fields = _parser(Config), field_types(Config)
+    check([_unknown(key, value, fields) for key, value in settings.items() if key not in fields])
     try:
-        parsed = parser.instantiate(parser.parse_object(given))
+        parsed = parser.instantiate(parser.parse_object(Namespace(settings)))
     except (ArgumentError, TypeError) as error:
         match = re.search(r'key "([^"]+)"|required: (.*)', str(error))
         if match and match[2]:
@@ -137,17 +146,14 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
     return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
 
 
-def _unknown(key: str, value: Any, fields: dict[str, Any]) -> UserError:
+def _unknown(key: str, value: Any, fields: dict[str, Any]) -> str:
     if any(name.startswith(f"{key}.") for name in fields):
-        return UserError(f"{key}: expected a mapping of keys to values, got {value!r:.60}")
+        return f"{key}: expected a mapping of keys to values, got {value!r:.60}"
     near = [name for name in fields if name.endswith(f".{key}")] or difflib.get_close_matches(key, fields, n=1)
-    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them all"
-    return UserError(f"{key}: unknown setting; {hint}")
+    return f"{key}: unknown setting; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them all")
 
 
-def _parser(Config: type):
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
+def _parser(Config: type) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     about = sys.modules[Config.__module__].__doc__
     parser = ArgumentParser(prog=Path(sys.argv[0]).name, description=about, exit_on_error=False, allow_abbrev=False)
@@ -161,26 +167,24 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_plain, value))
     if isinstance(value, float):
         return float(value)
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _is_list(kind: Any) -> bool:
-    return list in (kind, typing.get_origin(kind)) or any(map(_is_list, typing.get_args(kind)))
+    return list in (kind, get_origin(kind)) or any(map(_is_list, get_args(kind)))
 
 
 def _in_words(kind: Any) -> str:
     """A type in words: `one of a, b`, `PositiveInt or null`."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
         return "one of " + ", ".join(map(str, parts))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_in_words, parts))
     if origin is list:
         return f"list[{_in_words(*parts)}]"
+    if parts:  # of a union
+        return " or ".join(map(_in_words, parts))
     return "null" if kind is type(None) else kind.__name__
 
 
@@ -191,11 +195,7 @@ def plain(config: Any) -> dict[str, Any]:
 
 def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | None = None) -> None:
     """Parse the command line, call `main` with it and end the process with the suite's exit codes."""
-
-    def terminate(*_: object) -> None:
-        raise SystemExit(143)
-
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     name = Path(sys.argv[0]).name
     try:
         main(parse_config(Config, aliases=aliases))

@@ -1,11 +1,9 @@
-"""Devices, precision, random seeds, and the versions of the libraries that results depend on."""
+"""Devices, precision, and the versions of the libraries that results depend on."""
 
 import hashlib
-import random
 import typing
 from importlib.metadata import version
 
-import numpy
 import torch
 
 from common.config import UserError
@@ -18,13 +16,6 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "peft", "timm", "open_clip_torch")}
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's global generators."""
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**63)
-
-
 def pick_device(name: str):
     """`auto` is CUDA where it is there, else Apple's MPS, else the CPU; any other name is torch's own.
 
@@ -33,11 +24,10 @@ def pick_device(name: str):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=name)
+        return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device: {name!r} is not available on this machine") from None
-    return device
 
 
 def module_hash(about: str, module) -> str:

@@ -79,7 +79,7 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
     The old folder is kept until the new one is in place. A process killed between the two renames leaves the old one
     at `kept_folder(folder)`; `restore_folder` brings it back.
     """
-    part, kept = _leftovers(folder)
+    part, kept = folder.with_name(f".{folder.name}.part"), kept_folder(folder)
     restore_folder(folder)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -97,7 +97,7 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
 
 def kept_folder(folder: Path) -> Path:
     """Where the old `folder` stands while a new one takes its place."""
-    return _leftovers(folder)[1]
+    return folder.with_name(f".{folder.name}.old")
 
 
 def restore_folder(folder: Path) -> None:
@@ -108,14 +108,9 @@ def restore_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete `folder` and what a killed process may have left beside it."""
-    for path in (folder, *_leftovers(folder)):
+    """Delete `folder` and the old one that a killed process may have left beside it."""
+    for path in (folder, kept_folder(folder)):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _leftovers(folder: Path) -> tuple[Path, Path]:
-    """A new folder that is not complete, and the old one that it was to replace."""
-    return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
 
 
 # ------------------------------------------------------------------------------------------- files that grow

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.config import run
-from common.device import seed_everything
 from common.files import write_json
 from data.annotations import find_data, read_annotations
 from data.instances import read_instances
@@ -311,7 +310,7 @@ def main(cfg: Config) -> None:
         ("gpt2", gpt2, lambda part: train_gpt2(part, every_caption, cfg.gpt2_steps)),
         ("llava", llava, lambda part: train_llava(part, cfg.output / "clip", cfg.data, cfg.llava_steps)),
     ):
-        seed_everything(cfg.seed)
+        torch.manual_seed(cfg.seed)
         make_folder(cfg.output / name, settings, cfg.overwrite, train)
         print(f"{cfg.output / name}: trained on the scenes of {cfg.data}")
 

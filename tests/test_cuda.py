@@ -65,14 +65,14 @@ def test_cuda_resume_is_an_unbroken_run(train, monkeypatch):
     class Killed(Exception):
         pass
 
-    end = p2_train.Trainer.end_epoch
+    save = p2_train.Trainer.save_last
 
-    def end_and_die(trainer, *args):
-        end(trainer, *args)
+    def save_and_die(trainer, *args):
+        save(trainer, *args)
         if trainer.state["stage"] == "finetune":
             raise Killed
 
-    monkeypatch.setattr(p2_train.Trainer, "end_epoch", end_and_die)
+    monkeypatch.setattr(p2_train.Trainer, "save_last", save_and_die)
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(Killed):
         train("broken")

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from common.config import NothingDone, UserError
@@ -664,11 +663,7 @@ real = pytest.mark.skipif("CAPTION_DATA" not in os.environ, reason="CAPTION_DATA
 @real
 @pytest.mark.parametrize(
     "data, split, photos, captions",
-    [
-        ("flickr8k", "train", 6000, 30_000),
-        ("flickr8k", "val", 1000, 5000),
-        ("coco-mini", "train", 80, 400),
-    ],
+    [("flickr8k", "train", 6000, 30_000), ("flickr8k", "val", 1000, 5000), ("coco-mini", "train", 80, 400)],
 )
 def test_real_data_reads_whole(data, split, photos, captions):
     read = read_annotations(*find_data(REAL / data, split))

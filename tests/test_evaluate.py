@@ -353,6 +353,13 @@ def test_runs_are_compared_photo_by_photo(scene, capsys):
     assert "line breaks in the caption of 1 photo (river), read as spaces" in err and "more than 100 words" in err
 
 
+def test_the_seed_decides_the_permutations_and_no_score(scene):
+    (scene / "worse.json").write_text(json.dumps(CAPTIONS | {"truck": "a cat of 90 pounds"}))
+    first, again, other = (scored(scene, "captions", "worse", seed=seed) for seed in (0, 0, 1))
+    assert first == again and first["paired"][0]["p"] != other["paired"][0]["p"]
+    assert [run["photos"] for run in first["runs"]] == [run["photos"] for run in other["runs"]]
+
+
 def test_a_run_without_some_captions_is_scored_as_was_said(scene, capsys):
     (scene / "fewer.json").write_text(json.dumps({"truck": CAPTIONS["truck"], "chess": CAPTIONS["chess"]}))
     with pytest.raises(UserError, match=r"fewer.json has no caption for 1 photo \(river\)"):

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pycocoevalcap
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from metrics import MetricUnavailable, overlap
 from metrics.cider import cider, ptb_tokenize

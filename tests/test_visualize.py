@@ -109,7 +109,7 @@ def test_grounding_of_given_captions(scene, llava_folder, which, capsys):
         ({"model": "m"}, "checkpoint: expected either checkpoint or model, got both"),
         ({"checkpoint": None}, "checkpoint: expected either checkpoint or model, got neither"),
         ({"pictures": False}, "pictures: false leaves the grounding scores alone"),
-        ({"scores": Path("nowhere.json")}, "scores: nowhere.json: no such file"),
+        ({"scores": Path("nowhere.json")}, "nowhere.json: no such file or directory; expected scores of evaluate.py"),
         ({"instances": Path("captions.json")}, "instances: .*captions.json: 'categories' is missing"),
         ({"scores": Path("instances.json")}, "scores: .*: expected a file of evaluate.py's, clipscore in it"),
         ({"scores": Path("scores.json"), "top": 0, "bottom": 0}, "scores: with top 0 and bottom 0 no photo is left"),
