@@ -354,7 +354,7 @@ def test_runs_are_compared_photo_by_photo(scene, capsys):
 
 
 def test_the_seed_decides_the_permutations_and_no_score(scene):
-    (scene / "worse.json").write_text(json.dumps(CAPTIONS | {"truck": "a cat of 90 pounds"}))
+    (scene / "worse.json").write_text(json.dumps(CAPTIONS | {"truck": "a cat of 90 pounds", "river": "a river"}))
     first, again, other = (scored(scene, "captions", "worse", seed=seed) for seed in (0, 0, 1))
     assert first == again and first["paired"][0]["p"] != other["paired"][0]["p"]
     assert [run["photos"] for run in first["runs"]] == [run["photos"] for run in other["runs"]]
