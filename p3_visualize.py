@@ -203,13 +203,13 @@ def finish(drawn: list[dict], table: GroundingTable, cfg: Config) -> None:
     if drawn:
         write_heatmap_page(drawn, cfg.method, "Where each word looked", cfg.output / "index.html")
         print(f"{cfg.output}/index.html, and a PNG for each of {len(drawn)} photos")
-    if table.sums:
+    if table.parts:
         content, text = table.summary(cfg.method)
         write_json(cfg.output / "grounding.json", content | {"settings": plain(cfg)})
         print(f"{text}\n{cfg.output}/grounding.json")
     elif cfg.instances:
         print("no caption names an object of its photo: nothing to ground")
-    if not drawn and not table.sums:
+    if not drawn and not table.parts:
         raise NothingDone("nothing could be drawn or grounded")
 
 

@@ -86,7 +86,7 @@ def test_files_have_at_most_260_lines_of_code():
 
 
 def test_the_suite_stays_small():
-    assert total("core") <= 3400
+    assert total("core") <= 3900
     assert total("demo and benchmarks") <= 1000
 
 
