@@ -52,7 +52,7 @@ class Config(CommonSettings):
     metrics: list[Literal[tuple(METRICS)]] = field(default_factory=lambda: ["cider", "clipscore"])
     """What to score; cider is CIDEr-D on PTB tokens, clipscore 2.5 * max(cos, 0) without references."""
     idf: Literal["subset", "full"] = "subset"
-    """References that weigh CIDEr's n-grams: of the scored photos (the official way), or all of the annotations."""
+    """Where CIDEr counts how rare an n-gram is: in references of the scored photos (the official way), or in all."""
     missing: MissingPolicy = "error"
     """A photo without a prediction is a mistake, or is left out for all runs (skip), or scores 0 (zero)."""
     split: str | None = None

@@ -39,7 +39,7 @@ class Config(CommonSettings):
     workers: NonNegativeInt = 2
     """Threads that decode photos ahead."""
     features: Path = Path("runs/features")
-    """Cache of encoded photos that training left; what is in it need not be encoded, nothing is added."""
+    """Folder of features that training stored. They are read, so that those photos are not encoded again."""
     precision: Precision = "float32"
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""
 

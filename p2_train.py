@@ -27,12 +27,12 @@ from common.files import JsonLines, folder_problems, remove_folder, restore_fold
 from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
 from data.prefetch import prefetch
-from metrics.cider import cider, consensus, find_java
+from metrics.cider import agreement, cider, find_java
 from models import training
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.checkpoint import check_checkpoint, find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
-from models.decoder import attention, causal_lm, check_decoder
+from models.decoder import attend_with, causal_lm, check_decoder
 from models.decoding import Decoding
 from models.encoder import check_encoder
 from models.splits import Split, prepare_split, weigh_by_agreement
@@ -46,11 +46,11 @@ class Config(CommonSettings, CaptionerConfig):
     data: Path | None = None
     """Folder with train.json, val.json and images/; or name the four below."""
     annotations: Path | None = None
-    """Training captions: COCO or Karpathy JSON, Flickr8k's token file, or CSV."""
+    """Training captions, in a form that data/forms.py reads: COCO, Karpathy, Flickr8k, CSV, JSON records."""
     images: Path | None = None
     """Folder of the training photos."""
     val_annotations: Path | None = None
-    """Validation captions, in the same forms; the same file again where it is cut into splits itself."""
+    """Validation captions, in the same forms. A file that holds several splits may be named for both."""
     val_images: Path | None = None
     """Folder of the validation photos."""
     output: Path | None = None
@@ -66,19 +66,19 @@ class Config(CommonSettings, CaptionerConfig):
     """Stage 2: projector and LoRA."""
 
     batch_size: PositiveInt = 12
-    """Captions a batch (and process)."""
+    """Captions in a batch, for each process."""
     captions_per_row: PositiveInt = 1
-    """Captions of one photo that share its image prefix in one row; the gradients are the same, the work is not."""
+    """How many captions of one photo share its image prefix in one row. The gradients are the same, with less work."""
     bucket: bool = False
-    """Batch rows of like length together, which saves padding."""
+    """Put rows of similar length into one batch, which saves padding."""
     gradient_accumulation: PositiveInt = 1
-    """Batches an optimizer step."""
+    """Batches for each optimizer step."""
     consensus: NonNegativeFloat = 0.0
-    """Weigh each training caption by this power of its agreement (CIDEr-D) with its photo's others; 0: all alike."""
+    """Weight of a caption in training: its agreement (CIDEr-D) with its photo's others, to this power; 0: all 1."""
     ema: ClosedUnitInterval = 0.0
     """Decay of an exponential average of what trains, measured and kept in best/; 0: the weights themselves."""
     max_grad_norm: NonNegativeFloat = 0.0
-    """Clip the gradient to this norm; 0 does not."""
+    """Clip the gradient to this norm; 0: no clipping."""
     precision: Precision = "float32"
     """bf16 and fp16 hold the frozen weights in 16 bits and compute in them; what trains stays in float32."""
     save_precision: Precision = "float32"
@@ -288,7 +288,7 @@ class Trainer:
         lm = causal_lm(self.captioner.decoder)
         for start in tqdm(range(0, len(photos), 32), "caption", leave=False):
             part = range(start, min(start + 32, len(photos)))
-            with self.accelerator.autocast(), attention(lm, "sdpa", after=self.attention):
+            with self.accelerator.autocast(), attend_with(lm, "sdpa", after=self.attention):
                 features = self.val.features[part].to(self.accelerator.device)
                 captions = self.captioner.generate_from(features, {"greedy": Decoding()}, {"greedy": ()})["greedy"]
             predictions |= {photos[i].stem: self.captioner.text(ids) for i, ids in zip(part, captions)}
@@ -324,8 +324,8 @@ def main(cfg: Config) -> None:
         val = prepare_split(captioner, val_photos, cfg.features, cfg.skip_bad_photos) if val_photos else None
     captioner.frequencies = count_frequencies(photo.captions for photo in train.photos[:20_000])  # enough, if many
     if cfg.consensus:
-        agreement = consensus({photo.stem: list(photo.captions) for photo in train.photos})
-        weigh_by_agreement(train, agreement, cfg.consensus)
+        scores = agreement({photo.stem: list(photo.captions) for photo in train.photos})
+        weigh_by_agreement(train, scores, cfg.consensus)
     if state:
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))

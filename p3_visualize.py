@@ -30,7 +30,7 @@ from data.photos import LoadedPhoto, Photo, PhotoBatches
 from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named
 from metrics.object_words import phrases
 from models.attribution import METHODS, Unit, split_units
-from models.checkpoint import find_checkpoint, load_captioner
+from models.checkpoint import load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 from models.interface import CaptionModel
 from models.vlm import PROMPT, Quantize, check_model, check_quantize, load_vlm
@@ -54,7 +54,7 @@ class Config(CommonSettings):
     prompt: str = PROMPT
     """What a LLaVA is asked."""
     method: Literal[tuple(METHODS)] = "rel"
-    """Method of the PNGs, and the one that the page shows first; the README says what each is, and what it scored."""
+    """Method of the PNGs, and the first one on the page; docs/grounding.md says what each is and how well it does."""
     unit: Literal["word", "token"] = "word"
     """word joins sub-words; token shows them apart, the closing end token included."""
     scores: Path | None = None
@@ -62,9 +62,9 @@ class Config(CommonSettings):
     by: str = "clipscore"
     """The metric of `scores` that decides."""
     top: NonNegativeInt = 1
-    """So many photos with the highest score, where there are `scores`."""
+    """With `scores`: how many photos with the highest score to draw."""
     bottom: NonNegativeInt = 1
-    """So many photos with the lowest score, where there are `scores`."""
+    """With `scores`: how many photos with the lowest score to draw."""
     annotations: Path | None = None
     """Reference captions: the model reads these instead of captions of its own; the first of each photo is drawn."""
     instances: Path | None = None
@@ -78,11 +78,11 @@ class Config(CommonSettings):
     precision: Precision = "float32"
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""
     features: Path = Path("runs/features")
-    """Cache of encoded photos that training left; a captioner need not encode what is in it, nothing is added."""
+    """Folder of features that training stored. They are read, so that those photos are not encoded again."""
     quantize: Quantize = "none"
     """Hold a LLaVA's weights in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
     pictures: bool = True
-    """False measures the grounding alone and draws nothing."""
+    """False: measure the grounding and draw nothing."""
 
 
 def check_settings(cfg: Config) -> None:
@@ -130,7 +130,7 @@ def load_model(cfg: Config) -> CaptionModel:
         model = load_vlm(cfg.model, cfg.prompt, device, torch_dtype(cfg.precision), cfg.quantize)
         model.patch_grid(1, 1)  # refuses a model whose patches cannot be placed
         return model
-    model = load_captioner(find_checkpoint(cfg.checkpoint))
+    model = load_captioner(cfg.checkpoint)
     model.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
     return model.ready(device, torch_dtype(cfg.precision), cfg.features)
 
@@ -178,7 +178,7 @@ def measure_random_weights(model: CaptionModel, grounded: Grounded, table: Groun
             for record, (_, named) in zip(records, grounded[loaded.photo]):
                 units = split_units(record, model.tokenizer, cfg.unit)
                 for name in dict.fromkeys(("last_mean", cfg.method)):
-                    maps = METHODS[name](record, units, (grid.rows, grid.columns))
+                    maps = METHODS[name].maps(record, units, (grid.rows, grid.columns))
                     table.add(f"random weights, {name}", loaded.stem, maps, named)
 
 
@@ -233,7 +233,7 @@ def main(cfg: Config) -> None:
                 if not units:
                     tqdm.write(f"{loaded.stem}: an empty caption, nothing to draw", file=sys.stderr)
                     continue
-                maps = {name: method(record, units, shape) for name, method in METHODS.items()}
+                maps = {name: method.maps(record, units, shape) for name, method in METHODS.items()}
                 named = named_objects(units, masks, grid.box, shape)
                 if named:
                     for name in METHODS:

@@ -10,12 +10,13 @@ import json
 import re
 import signal
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 T = TypeVar("T")
@@ -153,10 +154,17 @@ def _unknown(key: str, value: Any, fields: dict[str, Any]) -> str:
     return f"{key}: unknown setting; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them all")
 
 
+class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's help, with the line breaks of the script's docstring."""
+
+
 def _parser(Config: type) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     about = sys.modules[Config.__module__].__doc__
-    parser = ArgumentParser(prog=Path(sys.argv[0]).name, description=about, exit_on_error=False, allow_abbrev=False)
+    name = Path(sys.argv[0]).name
+    parser = ArgumentParser(
+        prog=name, description=about, exit_on_error=False, allow_abbrev=False, formatter_class=_Help
+    )
     parser.add_class_arguments(Config)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
     return parser

@@ -60,7 +60,7 @@ def find_photos(images: Path, limit: int | None = None) -> list[Photo]:
     elif images.suffix.lower() in PHOTO_SUFFIXES and os.path.isfile(images):
         paths = [images]
     else:
-        text = read_text(images, "photos: a folder, a photo, a list or an annotation file")
+        text = read_text(images, "a folder of photos, a photo, a list of photos, or an annotation file")
         contents = read_contents(images, text, captioned=False)
         names = list(contents.captions if contents else _lines(text))[:limit]
         paths = _beside(images, names) if contents else [images.parent / name for name in names]

@@ -39,8 +39,10 @@ class Contents:
         if isinstance(split, str):
             self.splits[name] = split
         for caption in [captions] if isinstance(captions, str) else captions:
-            if not isinstance(caption, str) or not caption.strip():
-                raise Fault(f"caption of {name} is {'empty' if caption else f'{caption!r:.60}, not text'}")
+            if not isinstance(caption, str):
+                raise Fault(f"caption of {name} is {caption!r:.60}, not text")
+            if not caption.strip():
+                raise Fault(f"caption of {name} is empty")
             if not is_unicode(caption):
                 raise Fault(f"caption of {name} holds half a surrogate pair, which is no Unicode text")
             known.append(" ".join(caption.split()))

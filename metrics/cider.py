@@ -96,7 +96,7 @@ def cider(
     return float(scores.mean()), dict(zip(predictions, scores.tolist()))
 
 
-def consensus(captions: dict[str, list[str]]) -> dict[str, list[float]]:
+def agreement(captions: dict[str, list[str]]) -> dict[str, list[float]]:
     """CIDEr-D of each caption of a photo against the photo's other captions; a caption with no others scores 0.
 
     Captions that say what most people say score high.

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from common.config import UserError
-from models.decoder import attention
+from models.decoder import attend_with
 
 RECORDED = "recorded_sdpa"  # our name for it in transformers' registry
 
@@ -95,7 +95,7 @@ def record_attention(language_model: nn.Module, rows: Tensor, columns: Tensor) -
     recorder = Recorder(rows, columns)
     token = _recorder.set(recorder)
     try:
-        with attention(language_model, RECORDED, after="sdpa"):
+        with attend_with(language_model, RECORDED, after="sdpa"):
             yield recorder
     finally:
         _recorder.reset(token)

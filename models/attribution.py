@@ -6,6 +6,7 @@ All methods work on an `AttentionRecord`; nothing here runs a model. W units (wo
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -105,26 +106,34 @@ def _demeaned(maps: np.ndarray) -> np.ndarray:
     return maps - maps.mean(axis=0)
 
 
-Method = Callable[[AttentionRecord, Sequence[Unit], tuple[int, int]], np.ndarray]
-METHODS: dict[str, Method] = {
-    "last_mean": lambda record, units, grid: joined(record.mean[-1], units),
-    "last_max": lambda record, units, grid: joined(record.peak[-1], units),
-    "penult_mean": lambda record, units, grid: joined(record.mean[-2:][0], units),
-    "penult_max": lambda record, units, grid: joined(record.peak[0], units),
-    "mid": lambda record, units, grid: _mid(record, units),
-    "demean": lambda record, units, grid: _demeaned(_mid(record, units)),
-    "rel": lambda record, units, grid: smoothed(against_others(_mid(record, units)), grid),
-    "lens": lambda record, units, grid: smoothed(_demeaned(joined(record.lens, units)), grid),
-}
-"""(record, units, grid) -> (W, P) maps; higher is more, and what is shown is their positive part."""
+class Method(NamedTuple):
+    """A way to make maps of an attention record."""
 
-ABOUT = {
-    "last_mean": "last layer, mean over heads",
-    "last_max": "last layer, maximum over heads",
-    "penult_mean": "last layer but one, mean over heads",
-    "penult_max": "last layer but one, maximum over heads",
-    "mid": "middle layers, mean over heads",
-    "demean": "middle layers, less the mean of all words",
-    "rel": "middle layers, against the caption's other words",
-    "lens": "the word's logit at each patch, less the mean of all words",
+    about: str
+    """What it does, in a few words."""
+    maps: Callable[[AttentionRecord, Sequence[Unit], tuple[int, int]], np.ndarray]
+    """(record, units, grid) -> (W, P) maps; higher is more, and what is shown is their positive part."""
+
+
+METHODS = {
+    "last_mean": Method("last layer, mean over heads", lambda record, units, grid: joined(record.mean[-1], units)),
+    "last_max": Method("last layer, maximum over heads", lambda record, units, grid: joined(record.peak[-1], units)),
+    "penult_mean": Method(
+        "last layer but one, mean over heads", lambda record, units, grid: joined(record.mean[-2:][0], units)
+    ),
+    "penult_max": Method(
+        "last layer but one, maximum over heads", lambda record, units, grid: joined(record.peak[0], units)
+    ),
+    "mid": Method("middle layers, mean over heads", lambda record, units, grid: _mid(record, units)),
+    "demean": Method(
+        "middle layers, less the mean of all words", lambda record, units, grid: _demeaned(_mid(record, units))
+    ),
+    "rel": Method(
+        "middle layers, compared with the caption's other words",
+        lambda record, units, grid: smoothed(against_others(_mid(record, units)), grid),
+    ),
+    "lens": Method(
+        "the word's logit at each patch, less the mean of all words",
+        lambda record, units, grid: smoothed(_demeaned(joined(record.lens, units)), grid),
+    ),
 }

@@ -45,7 +45,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.encoder, self.projector, self.decoder = encoder, projector, decoder
         self.tokenizer, self.config = tokenizer, config
-        self.features = CachedEncoder(encoder)
+        self.encode = CachedEncoder(encoder)
         self.frequencies: Frequencies | None = None  # of n-grams in the training captions, for consensus decoding
 
     def train(self, mode: bool = True) -> "Captioner":
@@ -89,7 +89,7 @@ class Captioner(nn.Module):
         Encoder and projector stay in float32. `features` is the folder of features that training left.
         """
         self.decoder = merge_lora(self.decoder).to(device, dtype)
-        self.features = CachedEncoder(self.encoder, features)  # before the encoder moves: hashing reads its weights
+        self.encode = CachedEncoder(self.encoder, features)  # before the encoder moves: hashing reads its weights
         self.encoder.to(device)
         self.projector.to(device)
         return self.eval()
@@ -108,7 +108,7 @@ class Captioner(nn.Module):
         self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
     ) -> dict[str, list[list[int]]]:
         """Token ids of B captions for each decoding; see `models.interface`."""
-        return self.generate_from(self.features(photos), decodings, seeds)
+        return self.generate_from(self.encode(photos), decodings, seeds)
 
     @torch.inference_mode()
     def generate_from(
@@ -132,7 +132,7 @@ class Captioner(nn.Module):
     ) -> list[list[AttentionRecord]]:
         """What each token of each of a photo's captions attended to, the closing EOS last; one pass for all of them."""
         lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
-        prefix = self.prefix(self.features(photos))
+        prefix = self.prefix(self.encode(photos))
         tokens, patches = prefix.shape[1], self.encoder.patch_rows_columns[0] * self.encoder.patch_rows_columns[1]
         columns = torch.arange(tokens - patches, tokens, device=prefix.device).expand(len(prefix), -1)  # no class token
         batch = pack_rows(captions, eos).to(prefix.device)
@@ -158,7 +158,7 @@ class Captioner(nn.Module):
     def randomize(self) -> None:
         """Draw all weights anew; features of the trained encoder are forgotten."""
         randomize(self)
-        self.features = CachedEncoder(self.encoder)
+        self.encode = CachedEncoder(self.encoder)
 
 
 def build_captioner(config: CaptionerConfig, load_weights: bool = True) -> Captioner:

@@ -169,8 +169,11 @@ def causal_lm(decoder: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def attention(lm: nn.Module, implementation: str, after: str) -> Iterator[None]:
-    """Let a transformers model compute attention by another implementation of the library's, and `after` the block."""
+def attend_with(lm: nn.Module, implementation: str, after: str) -> Iterator[None]:
+    """Let a transformers model attend by this implementation of the library's; when the block ends, by `after`.
+
+    The caller names both, because the library has no public way to ask which one is set.
+    """
     lm.set_attn_implementation(implementation)
     try:
         yield

@@ -22,7 +22,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from models.consensus import Frequencies, most_agreed
-from models.decoder import attention
+from models.decoder import attend_with
 
 # transformers calls the argument `cache` from 5.24 on, and `past_key_values` before.
 CACHE = (
@@ -47,7 +47,7 @@ class Decoding:
     top_k: NonNegativeInt = 0
     """Sample from this many likeliest words; 0 is all."""
     candidates: PositiveInt = 1
-    """Write the greedy caption and sample so many less one; return the one that agrees most with the others."""
+    """With N > 1: the greedy caption and N - 1 sampled ones are compared; the one closest to the others is returned."""
 
 
 # The three decodings of the published report.
@@ -234,7 +234,7 @@ def generate_all(
         count, first = len(names), decodings[names[0]]
         parts = caches if number == len(groups) else copy.deepcopy(caches)
         processors = [samplers(decodings[name], seeds[name]) for name in names]
-        with attention(language_model, "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
+        with attend_with(language_model, "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
             out = model.generate(
                 input_ids=ids.repeat_interleave(count, dim=0),
                 attention_mask=mask.repeat_interleave(count, dim=0),

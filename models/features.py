@@ -53,7 +53,7 @@ class CachedEncoder:
     """
 
     def __init__(self, encoder, folder: Path | None = None):
-        self.encoder, self.cache = encoder, open_cache(encoder, folder) if folder else None
+        self.encoder, self.cache = encoder, open_cache(encoder, folder) if folder and folder.is_dir() else None
         self.forget_cache()
 
     def forget_cache(self) -> None:

@@ -1,4 +1,4 @@
-"""Loading from model hubs, politely: no minute of retries where no hub can be reached, no chatter of the libraries."""
+"""Loading from model hubs: no minute of retries where no hub can be reached, no log messages of the libraries."""
 
 import logging
 from collections.abc import Iterator

@@ -9,16 +9,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class ProjectorConfig:
-    """What lies between the encoder and the decoder."""
-
-    kind: Literal["linear", "mlp"] = "linear"
-    """linear: one layer with bias; mlp: LLaVA-1.5's two layers with a GELU between (arXiv 2310.03744)."""
-    normalize: bool = False
-    """Bring each patch feature to zero mean and unit variance first (no parameters of its own)."""
-
-
 def linear(width_image: int, width_text: int) -> nn.Module:
     return nn.Linear(width_image, width_text)
 
@@ -28,6 +18,16 @@ def mlp(width_image: int, width_text: int) -> nn.Module:
 
 
 PROJECTORS = {"linear": linear, "mlp": mlp}
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """What lies between the encoder and the decoder."""
+
+    kind: Literal[tuple(PROJECTORS)] = "linear"
+    """linear: one layer with bias; mlp: LLaVA-1.5's two layers with a GELU between (arXiv 2310.03744)."""
+    normalize: bool = False
+    """Bring each patch feature to zero mean and unit variance first (no parameters of its own)."""
 
 
 class Projector(nn.Module):

@@ -26,13 +26,13 @@ class Stage:
     lr: PositiveFloat = 1e-3
     """Learning rate at its highest."""
     projector_lr: PositiveFloat | None = None
-    """The projector's own, where it should differ; its schedule is the same, and ends at min_lr too."""
+    """The projector's own learning rate, if it should differ; the schedule is the same and ends at min_lr too."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """Adam, or Adam with decoupled weight decay."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay, of adamw only."""
     schedule: Literal["constant", "cosine", "warm_restarts"] = "constant"
-    """How the rate falls, in optimizer steps: not, once to min_lr, or to min_lr again and again (arXiv 1608.03983)."""
+    """constant; cosine: falls once to min_lr; warm_restarts: falls to min_lr again and again (arXiv 1608.03983)."""
     min_lr: NonNegativeFloat = 0.0
     """Where cosine and warm_restarts end."""
     warmup: NonNegativeFloat = 0.0
@@ -104,8 +104,8 @@ def prepare_training(captioner: Captioner, dtype: torch.dtype, device: torch.dev
 class Average:
     """An exponential average of what trains, over the steps of one stage; with `decay` 0 it is what trains itself.
 
-    The first steps count less than `decay` says, as they would otherwise stand for all that came before them: after
-    n steps the average keeps (1 + n) / (10 + n) of itself at most.
+    The average starts from weights that have learnt nothing. So it forgets faster at first: after n steps it keeps at
+    most (1 + n) / (10 + n) of itself.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], decay: float):

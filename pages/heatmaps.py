@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from common.files import written_whole
-from models.attribution import ABOUT, Unit
+from models.attribution import METHODS, Unit
 from models.encoder import PatchGrid
 from pages.page import data_uri, write_page
 
@@ -54,12 +54,14 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 def draw_words(photo: Drawn, method: str, file: Path) -> None:
-    """PNG: the photo, then a tile for each word, on one colour scale."""
+    """PNG: the photo, then a tile for each word with its probability p, on one colour scale."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-    columns = min(6, 1 + len(photo.units))
-    rows = -(-(1 + len(photo.units)) // columns)
+    words = [i for i, unit in enumerate(photo.units) if any(map(str.isalnum, unit.text)) or not unit.text]
+    words = words or list(range(len(photo.units)))  # a full stop has a map too, but it would only set the scale
+    columns = min(6, 1 + len(words))
+    rows = -(-(1 + len(words)) // columns)
     width, height = photo.image.size
     tile_height = 2.0 * min(max(height / width, 0.5), 2.0)
     figure = Figure(figsize=(2.0 * columns + 1.0, (tile_height + 0.35) * rows + 0.8), layout="constrained")
@@ -70,17 +72,18 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
     tiles[0].imshow(background)
     tiles[0].set_title(photo.stem[:24], fontsize=8, parse_math=False)
     left, top, right, bottom = photo.grid.box
-    for axes, unit, values in zip(tiles[1:], photo.units, shown(photo.maps[method])):
+    for axes, i, values in zip(tiles[1:], words, shown(photo.maps[method][words])):
         axes.imshow(background, extent=(0, width, height, 0))
         patches = values.reshape(photo.grid.rows, photo.grid.columns)
         opacity = OPACITY * np.minimum(1, patches + 0.15)  # low values hide little of the photo
         box = {"extent": (left, right, bottom, top), "interpolation": "bilinear"}
         axes.imshow(patches, COLOURS, vmin=0, vmax=1, alpha=opacity, **box)
         axes.set(xlim=(0, width), ylim=(height, 0))
+        unit = photo.units[i]
         axes.set_title(f"{unit.text or '(end)'}  p {unit.probability:.2f}", fontsize=9, parse_math=False)
     figure.suptitle(f"{photo.caption}\n{photo.note}".strip(), fontsize=10, wrap=True, parse_math=False)
-    bar = figure.colorbar(ScalarMappable(cmap=COLOURS), ax=list(tiles), shrink=0.6, aspect=30, pad=0.01)
-    bar.set_label(f"{method}; 1: the caption's highest hundredth", fontsize=8)
+    bar = figure.colorbar(ScalarMappable(cmap=COLOURS), ax=list(tiles), alpha=OPACITY, shrink=0.6, aspect=30, pad=0.01)
+    bar.set_label(f"{method}; 1 is the highest 1% of this caption", fontsize=8)
     with written_whole(file) as part:
         figure.savefig(part, dpi=110, format="png")
 
@@ -102,7 +105,7 @@ def write_heatmap_page(entries: list[dict[str, Any]], method: str, title: str, f
     from matplotlib import colormaps
 
     colours = (255 * colormaps[COLOURS](np.linspace(0, 1, 256))[:, :3]).round().astype(int).tolist()
-    about = {name: ABOUT[name] for name in entries[0]["maps"]}
+    about = {name: METHODS[name].about for name in entries[0]["maps"]}
     write_page(file, "heatmaps", title, {"method": method, "about": about, "colours": colours, "photos": entries})
 
 

@@ -37,7 +37,7 @@ def seen(request, make_captioner):
     captioner.config = dataclasses.replace(captioner.config, decoder=decoder)
     torch.manual_seed(0)
     features = torch.randn(3, captioner.encoder.tokens, captioner.encoder.width)
-    captioner.features = lambda photos: features[list(photos)]
+    captioner.encode = lambda photos: features[list(photos)]
     return captioner, features, [record for (record,) in captioner.attend(range(3), [[ids] for ids in IDS])]
 
 
@@ -182,9 +182,9 @@ def test_words_are_joined_and_tokens_are_not(model, as_photos):
     assert len(tokens) == len(ids) + 1 and tokens[-1].tokens == (len(ids),)  # the closing end token is drawn
     grid = (int(record.mean.shape[2] ** 0.5),) * 2
     for method in METHODS.values():
-        maps = method(record, words, grid)
+        maps = method.maps(record, words, grid)
         assert maps.shape == (len(words), record.mean.shape[2]) and np.isfinite(maps).all()
-        alone = method(record, words[:1], grid)
+        alone = method.maps(record, words[:1], grid)
         assert np.isfinite(alone).all()
     (pieces,) = [list(word.tokens) for word in words if word.text == "unheard"]
     assert len(pieces) > 1

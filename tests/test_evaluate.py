@@ -12,7 +12,7 @@ import torch
 from common.config import UserError
 from evaluate import Config, fixed_point, main
 from metrics import cider as cider_module
-from metrics.cider import cider, consensus, find_java, ptb_tokenize
+from metrics.cider import agreement, cider, find_java, ptb_tokenize
 from metrics.clipscore import ImageTower, clip_scores, encode_captions, load_clip, ref_clip_scores, tokenize
 
 ROOT = Path(__file__).parent.parent
@@ -101,9 +101,9 @@ def test_captions_without_words_score_zero_and_references_themselves_score_high(
     assert perfect == pytest.approx(10.0, abs=1e-9)
 
 
-def test_consensus_is_the_score_of_a_caption_against_the_others_of_its_photo():
+def test_agreement_is_the_score_of_a_caption_against_the_others_of_its_photo():
     photos = {**REFERENCES, "alone": ["A kite."]}
-    scores = consensus(photos)
+    scores = agreement(photos)
     assert {photo: len(own) for photo, own in scores.items()} == {photo: len(own) for photo, own in photos.items()}
     assert scores["alone"] == [0.0]
     own = {f"{photo} {i}": group[i] for photo, group in photos.items() for i in range(len(group))}
@@ -111,7 +111,7 @@ def test_consensus_is_the_score_of_a_caption_against_the_others_of_its_photo():
         f"{photo} {i}": group[:i] + group[i + 1 :] or [""] for photo, group in photos.items() for i in range(len(group))
     }
     assert [score for group in scores.values() for score in group] == list(cider(others, own)[1].values())
-    agreed = consensus({"dog": ["a dog runs", "a dog runs fast", "what a day"], "car": ["a car", "a car", "a boat"]})
+    agreed = agreement({"dog": ["a dog runs", "a dog runs fast", "what a day"], "car": ["a car", "a car", "a boat"]})
     assert agreed["dog"][0] > agreed["dog"][2] == 0.0
 
 

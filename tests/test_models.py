@@ -21,7 +21,7 @@ from common.files import kept_folder
 from models import packaged
 from models.captioner import build_captioner
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner, save_captioner
-from models.decoder import DecoderConfig, attention, causal_lm, check_decoder, first_token, fuse_lora, load_decoder
+from models.decoder import DecoderConfig, attend_with, causal_lm, check_decoder, first_token, fuse_lora, load_decoder
 from models.decoding import CACHE, Decoding, fixed_cache, prefill, until_eos
 from models.encoder import EncoderConfig, PhotoTransform, build_encoder
 from models.packing import ChunkedCrossEntropy, pack_rows
@@ -413,7 +413,7 @@ def test_joined_caches_go_on_as_each_would_alone(window):
     cache = fixed_cache([prefill(lm.model, input_ids=row)[0] for row in prefix.split(1)], repeats=3, room=5)
     expected = lm(torch.cat([prefix.repeat_interleave(3, dim=0), words], dim=1)).logits[:, -5:]
     kept = None if window else cache.layers[1].keys
-    with attention(lm, "eager", after="sdpa"):
+    with attend_with(lm, "eager", after="sdpa"):
         logits = [lm(words[:, step : step + 1], **{CACHE: cache}).logits for step in range(5)]
     assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-4)
     assert window or cache.layers[1].keys is kept  # written in place

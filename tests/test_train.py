@@ -349,7 +349,7 @@ def test_consensus_weights_keep_a_photos_mean_and_favour_what_people_agree_on(co
         Photo("alone", None, ("a kite",)),
     ]
     ids = [[[ord(letter) for letter in caption] for caption in photo.captions] for photo in photos]
-    agreement = p2_train.consensus({photo.stem: list(photo.captions) for photo in photos})
+    agreement = p2_train.agreement({photo.stem: list(photo.captions) for photo in photos})
     shares = []
     for power in (1.0, 2.0):
         split = Split(photos, None, ids, eos=0)
