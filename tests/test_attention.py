@@ -147,6 +147,8 @@ def test_several_captions_of_a_photo_are_as_each_alone_and_encoded_once(model, a
     encode = type(model.encoder).forward if hasattr(model, "encoder") else None
     if encode:  # its network is not called as a module
         monkeypatch.setattr(type(model.encoder), "forward", lambda *args: encoded.append(1) or encode(*args))
+    if encode:  # a photo that was captioned is not encoded again to be looked into
+        model.generate(photos, {"caption": Decoding(max_new_tokens=3)}, {"caption": ()})
     together = model.attend(photos, [IDS, IDS[1:]])
     assert len(encoded) == 1 and [len(records) for records in together] == [3, 2]
     for photo, records, captions in zip(photos, together, [IDS, IDS[1:]]):
