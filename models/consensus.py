@@ -82,4 +82,4 @@ def agreement(captions: Sequence[str], frequencies: Frequencies | None = None) -
 
 def most_agreed(captions: Sequence[str], frequencies: Frequencies | None = None) -> int:
     """Which of a photo's captions agrees most with the others; the first of equals."""
-    return int(agreement(captions, frequencies).argmax()) if len(captions) > 1 else 0
+    return int(agreement(captions, frequencies).argmax())

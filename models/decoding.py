@@ -170,8 +170,10 @@ def choose_candidates(
     """Of each photo's candidates the one that agrees most with the others (minimum Bayes risk)."""
     captions = {}
     for name, decoding in decodings.items():
-        groups = zip(*(drawn[name, number] for number in range(decoding.candidates)))
-        captions[name] = [group[most_agreed(list(map(text, group)), frequencies)] for group in groups]
+        captions[name] = drawn[name, 0]
+        if decoding.candidates > 1:
+            groups = zip(*(drawn[name, number] for number in range(decoding.candidates)))
+            captions[name] = [group[most_agreed(list(map(text, group)), frequencies)] for group in groups]
     return captions
 
 
