@@ -27,9 +27,9 @@ WORDS = Decoding(max_new_tokens=20)
 PHOTOS, FEW = {"cpu": 64, "cuda": 512}, 8  # ours captions all in one batch, the plain forms only the first few
 
 
-def confident(device: torch.device) -> Captioner:
+def confident(device: torch.device, plain: bool) -> Captioner:
     """GPT-2's shape with random weights so large that captions differ by photo."""
-    captioner = build("gpt2", device).eval()
+    captioner = build("gpt2", device, plain).eval()
     nn.init.normal_(captioner.projector.layers.weight, std=0.3)
     for name, weight in captioner.decoder.named_parameters():
         if name.endswith(("c_attn.base_layer.weight", "c_proj.base_layer.weight", "c_fc.base_layer.weight")):
@@ -62,7 +62,8 @@ PLAIN = {"plain": plain, "generate": by_generate, "generate, merged": by_generat
 
 def one_form(form: str, photos: int, device: torch.device) -> Callable[[], list[list[int]]]:
     """A form that is ready to caption the first so many photos."""
-    captioner, one = confident(device), PLAIN.get(form)
+    one = PLAIN.get(form)
+    captioner = confident(device, plain=one is not None)
     features = draw("gpt2", device, by_device(PHOTOS, device))[0][:photos]
     if form == "generate, merged":
         captioner.decoder = merge_lora(captioner.decoder)

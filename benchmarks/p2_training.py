@@ -38,12 +38,16 @@ SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 3
 SMOLLM2 |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
 
 
-def build(name: str, device: torch.device) -> Captioner:
-    """A captioner without encoder and tokenizer: random weights, adapters that already change the output."""
+def build(name: str, device: torch.device, plain: bool = False) -> Captioner:
+    """A captioner without encoder and tokenizer: random weights, adapters that already change the output.
+
+    GPT-2 computes its GELU in one pass, as `models.decoder` loads it; `plain` as transformers does.
+    """
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(GPT2Config() if name == "gpt2" else LlamaConfig(**SMOLLM2))
+    gpt2 = GPT2Config() if plain else GPT2Config(activation_function="gelu_pytorch_tanh")
+    lm = AutoModelForCausalLM.from_config(gpt2 if name == "gpt2" else LlamaConfig(**SMOLLM2))
     _, width, rank = SHAPES[name]
     projector = Projector(ProjectorConfig(), width, lm.get_input_embeddings().embedding_dim)
     decoder = add_lora(lm, LoraConfig(rank=rank, alpha=2 * rank))
@@ -89,7 +93,7 @@ def our_step(captioner: Captioner, features: Tensor, captions: list[list[list[in
 
 def one_step(form: str, device: torch.device, name: str = "gpt2") -> partial:
     """A step, plain, float32 or bf16, ready to be called."""
-    captioner, (features, captions) = build(name, device), draw(name, device)
+    captioner, (features, captions) = build(name, device, plain=form == "plain"), draw(name, device)
     if form == "plain":
         return partial(plain_step, captioner, features.repeat_interleave(CAPTIONS, dim=0), captions)
     prepare_training(captioner, torch.bfloat16 if form == "bf16" else torch.float32, device)
