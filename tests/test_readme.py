@@ -96,7 +96,7 @@ def test_links_lead_to_files(page):
 
 def test_pictures_are_small():
     sizes = {path.name: path.stat().st_size for path in (HERE / "docs/images").iterdir()}
-    assert {"heatmap.png", "scores.png"} <= sizes.keys() and max(sizes.values()) <= 300_000
+    assert {"heatmap.jpg", "scores.png"} <= sizes.keys() and max(sizes.values()) <= 300_000
 
 
 def test_readme_names_files_that_exist():
