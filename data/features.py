@@ -49,8 +49,12 @@ class FeatureCache:
             raise UserError(f"features: {self.folder} cannot be written: {error.strerror}") from None
 
     def check_room(self, count: int) -> None:
-        """Make the folder. Raises UserError where it cannot be written, or has no room for `count` more photos."""
+        """Make the folder. Raises UserError where it cannot be written, or has too little room for `count` photos.
+
+        The photos that it holds already are taken to be among them.
+        """
         check_output(self.folder / "photo.bin", overwrite=True, key="features")
+        count = max(0, count - sum(1 for _ in self.folder.glob("*/*.bin")))
         needed, free = self.bytes * count / 1e9, shutil.disk_usage(self.folder).free / 1e9
         if needed > free:
             raise UserError(f"features: {self.folder} needs {needed:.1f} GB for {count} photos, {free:.1f} GB are free")

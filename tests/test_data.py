@@ -695,3 +695,12 @@ def test_real_captions_read_alike_in_the_forms_of_flickr8k(tmp_path):
     for form in (token, table):
         again = read_annotations(save(tmp_path / "captions.txt", form(captions)), REAL / "flickr8k/images/val")
         assert again == read
+
+
+def test_a_full_disk_is_enough_for_features_that_are_stored(tmp_path, monkeypatch):
+    cache = FeatureCache(tmp_path, "encoder", (3, 5))
+    for key in ("aa1", "bb2"):
+        cache.write(key, numpy.zeros((3, 5)))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    cache.check_room(2)
+    assert "for 1 photos" in error_of(cache.check_room, 3)
