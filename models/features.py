@@ -54,10 +54,6 @@ class CachedEncoder:
 
     def __init__(self, encoder, folder: Path | None = None):
         self.encoder, self.cache = encoder, open_cache(encoder, folder) if folder and folder.is_dir() else None
-        self.forget_cache()
-
-    def forget_cache(self) -> None:
-        """Drop the batch in memory."""
         self.latest: tuple[list[str], Tensor] = ([], torch.empty(0))
 
     def __call__(self, photos: Sequence[LoadedPhoto]) -> Tensor:

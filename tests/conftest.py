@@ -175,6 +175,16 @@ def make_captioner(captioner_config) -> Callable[..., Captioner]:
     return make
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its precision for the life of a process; a test that trains is a process of its own in this."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def browser():
     """Headless Chromium behind its driver, both from PATH; tests that look at pages are skipped without them."""

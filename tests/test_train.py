@@ -34,16 +34,8 @@ from models.features import encode_files
 from models.splits import Split, prepare_split, weigh_by_agreement
 from models.training import Average, Stage
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its precision for the life of a process; each test is a process of its own in this."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
