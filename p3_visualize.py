@@ -53,7 +53,7 @@ class Config(CommonSettings):
     """Instead of a checkpoint: a LLaVA of transformers, hub id or local folder."""
     prompt: str = PROMPT
     """What a LLaVA is asked."""
-    method: Literal[tuple(METHODS)] = "rel"
+    method: Literal[tuple(METHODS)] = "fuse"
     """Method of the PNGs, and the first one on the page; docs/grounding.md says what each is and how well it does."""
     unit: Literal["word", "token"] = "word"
     """word joins sub-words; token shows them apart, the closing end token included."""

@@ -74,7 +74,7 @@ def draw_heatmaps() -> dict[str, float]:
         ("ours", f"--checkpoint {RUN}", CAPTIONS.with_suffix(".scores.json")),
         ("llava", f"--model {LLAVA}", ROOT / "scores.json"),
     ):
-        look = f"p3_visualize.py {model} {PHOTOS} --instances {SHAPES}/instances_val.json --overwrite"
+        look = f"p3_visualize.py {model} {PHOTOS} --instances {SHAPES}/instances_val.json --method rel --overwrite"
         step(f"P3: grounding scores, {name}", f"{look} --output {ROOT}/ground_{name} --pictures false")
         look += f" --output {ROOT}/look_{name} --scores {scores} --top 3 --bottom 3"
         step(f"P3: heatmaps of the best and the worst scenes by CLIPScore, {name}", look)

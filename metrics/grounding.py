@@ -8,6 +8,7 @@ lift                  energy divided by the object's share of the area.
 auroc                 chance that a patch on the object has a higher value than a patch off it.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -160,27 +161,28 @@ class GroundingTable:
             for row, by_metric in self.parts.items()
         }
 
-    def summary(self, method: str, against: str = "last_mean") -> tuple[dict, str]:
-        """All rows with intervals, and `method` compared with `against`: as plain values, and as a table to read."""
-        scores, rows, differences = self.scores(), {}, {}
+    def summary(self, method: str) -> tuple[dict, str]:
+        """All rows with intervals, and `method` less two of them: as plain values, and as a table to read."""
+        scores, rows = self.scores(), {}
         lines = [f"{'':28}" + "".join(f"{metric:>25}" for metric in METRICS)]
         for row, by_metric in scores.items():
             rows[row] = {metric: self._with_interval(score) for metric, score in by_metric.items()}
             mark = " *" if row == method else ""
             lines.append(f"{row + mark:28}" + "".join(f"{_to_text(**cell):>25}" for cell in rows[row].values()))
-        for metric in ("match_at_1", "pair_win", "pointing"):
-            first, second = scores[against][metric], scores[method][metric]
-            if method != against and first.photos:
-                change = paired(first, second, list(first.parts), self.seed)._asdict()
-                differences[metric] = change
+        others = [row for row in ("last_mean", "centre") if row in scores and row != method]
+        differences = {f"less_{row}": {} for row in others}
+        for (key, found), metric in itertools.product(differences.items(), ("match_at_1", "pair_win", "pointing")):
+            first, second = scores[key.removeprefix("less_")][metric], scores[method][metric]
+            if first.photos:
+                found[metric] = change = paired(first, second, list(first.parts), self.seed)._asdict()
                 values = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]  p {p:.4f}".format_map(change)
-                lines.append(f"{metric}, {method} less {against}: {values}")
+                lines.append(f"{metric}, {method} {key.replace('_', ' ', 1)}: {values}")
         parts = self.parts[method]
         objects, among_others = (int(sum(parts[name].values())[1]) for name in ("pointing", "match_at_1"))
         counts = {"photos": len(parts["pointing"]), "objects": objects, "objects_among_others": among_others}
         named = f"{objects} objects named in {counts['photos']} photos"
         lines.append(f"{named}, {among_others} of them in captions that name two or more")
-        return {"method": method, **counts, "rows": rows, f"less_{against}": differences}, "\n".join(lines)
+        return {"method": method, **counts, "rows": rows, **differences}, "\n".join(lines)
 
     def _with_interval(self, score: Score) -> dict:
         if not score.photos:

@@ -106,6 +106,19 @@ def _demeaned(maps: np.ndarray) -> np.ndarray:
     return maps - maps.mean(axis=0)
 
 
+def _rel(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]) -> np.ndarray:
+    return smoothed(against_others(joined(record.mean, units).mean(axis=0)), grid)
+
+
+def _lens(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]) -> np.ndarray:
+    return smoothed(_demeaned(joined(record.lens, units)), grid)
+
+
+def _standardised(maps: np.ndarray) -> np.ndarray:
+    """(W, P) -> (W, P), each map with mean 0 and standard deviation 1."""
+    return (maps - maps.mean(axis=1, keepdims=True)) / np.maximum(maps.std(axis=1, keepdims=True), 1e-12)
+
+
 class Method(NamedTuple):
     """A way to make maps of an attention record."""
 
@@ -128,12 +141,12 @@ METHODS = {
     "demean": Method(
         "middle layers, less the mean of all words", lambda record, units, grid: _demeaned(_mid(record, units))
     ),
-    "rel": Method(
-        "middle layers, compared with the caption's other words",
-        lambda record, units, grid: smoothed(against_others(_mid(record, units)), grid),
-    ),
-    "lens": Method(
-        "the word's logit at each patch, less the mean of all words",
-        lambda record, units, grid: smoothed(_demeaned(joined(record.lens, units)), grid),
+    "rel": Method("all layers, compared with the caption's other words", _rel),
+    "lens": Method("the word's logit at each patch, less the mean of all words", _lens),
+    "fuse": Method(
+        "`rel` and `lens` together",
+        lambda record, units, grid: (
+            _standardised(_rel(record, units, grid)) + _standardised(_lens(record, units, grid))
+        ),
     ),
 }

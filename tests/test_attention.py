@@ -217,6 +217,21 @@ def test_a_sink_hides_nothing_from_rel():
     assert smoothed(one, (5, 5)).reshape(5, 5)[1:4, 1:4].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
 
 
+def test_fuse_gives_attention_and_logits_the_same_weight(model):
+    rng = np.random.default_rng(0)
+    ids, layers, patches = model.ids("a red box and a blue ring"), 3, 16
+    mean = rng.random((layers, len(ids), patches)).astype(np.float32)
+    record = AttentionRecord(ids, np.ones(len(ids)), mean, mean[-2:], 1000 * mean[0, :, ::-1])
+    units, grid = split_units(record, model.tokenizer), (4, 4)
+    rel, lens, fuse = (METHODS[name].maps(record, units, grid) for name in ("rel", "lens", "fuse"))
+    assert np.allclose(fuse.mean(axis=1), 0, atol=1e-5)
+    for word in range(len(units)):
+        with_rel, with_lens = (np.corrcoef(fuse[word], maps[word])[0, 1] for maps in (rel, lens))
+        assert with_rel == pytest.approx(with_lens, abs=1e-4)  # though the logits are a thousand times larger
+    flat = AttentionRecord(ids, np.ones(len(ids)), np.ones_like(mean), mean[-2:], np.ones_like(mean[0]))
+    assert np.isfinite(METHODS["fuse"].maps(flat, units, grid)).all()
+
+
 # ------------------------------------------------------------------------------------------- grounding
 
 
@@ -261,9 +276,11 @@ def test_maps_that_know_nothing_score_at_chance_and_the_truth_scores_one():
         assert abs(scores[row]["lift"].corpus - 1) < 0.35
     for row in ("centre", "caption mean"):  # whatever the word: exactly one half
         assert scores[row]["pair_win"].corpus == scores[row]["match_at_1"].corpus == 0.5
-    content, text = table.summary("random maps", against="centre")
+    content, text = table.summary("random maps")
     assert content["photos"] == 300 and content["objects"] == content["objects_among_others"] == 600
-    assert "match_at_1, random maps less centre" in text
+    assert "match_at_1, random maps less centre" in text and "last_mean" not in text
+    change = content["less_centre"]["pair_win"]
+    assert change["low"] <= 0 <= change["high"] and change["p"] > 0.05
     controls = {"random maps", "centre", "caption mean", "shuffled words", "ground truth on the grid"}
     assert set(content["rows"]) == controls
 
