@@ -1,9 +1,8 @@
 """How a caption is written: the settings, sampling with a generator for each photo, several decodings from one prefill.
 
 transformers draws the words of a batch from one global generator. A caption then changes with the batch size, with the
-order of the photos and with the place where a run was resumed. Here each row has a generator of its own: the arg max of
-log-probabilities plus Gumbel noise is a draw from their distribution (Gumbel 1954; Maddison et al. 2014), and
-`generate` only has to take the arg max.
+order of the photos and with the place where a run was resumed. Here each row has random numbers of its own, one for
+each word, and `generate` only has to take the one word that the sampler left.
 """
 
 import copy
@@ -82,17 +81,24 @@ def photo_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
-class GumbelNoise(LogitsProcessor):
-    """Adds to each row's scores the Gumbel noise of that row's generator."""
+class InverseTransform(LogitsProcessor):
+    """Leaves each row one word, drawn from the row's distribution by inverse transform sampling (Devroye 1986).
 
-    def __init__(self, seeds: Sequence[int]):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    A row's numbers are drawn on the CPU, so that a seed means the same on every device. One number a word is little
+    work even for many rows; noise for the whole vocabulary would make a GPU wait.
+    """
+
+    def __init__(self, seeds: Sequence[int], steps: int):
+        rows = [torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.numbers = iter(torch.stack(rows, dim=1))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, L) ids, (B, V) logits -> (B, V)"""
-        # on the CPU, so that a seed draws the same on every device; exponential draws e give Gumbel ones by -log e
-        draws = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators])
-        return scores.float() - draws.log().to(scores.device)
+        """(B, L) ids, (B, V) logits -> (B, V): 0 for the word that was drawn, -inf for all others"""
+        # in float64, since rounding must not give a share to words that have none
+        shares = scores.float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        numbers = next(self.numbers).to(scores.device)[:, None]
+        drawn = torch.searchsorted(shares, numbers * shares[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter_(1, drawn, 0.0)
 
 
 def samplers(decoding: Decoding, seeds: Sequence[int]) -> LogitsProcessorList:
@@ -106,7 +112,7 @@ def samplers(decoding: Decoding, seeds: Sequence[int]) -> LogitsProcessorList:
         chosen.append(TopKLogitsWarper(int(decoding.top_k)))
     if decoding.top_p < 1.0:
         chosen.append(TopPLogitsWarper(float(decoding.top_p)))
-    return LogitsProcessorList([*chosen, GumbelNoise(seeds)])
+    return LogitsProcessorList([*chosen, InverseTransform(seeds, decoding.max_new_tokens)])
 
 
 class Interleaved(LogitsProcessor):

@@ -147,6 +147,8 @@ def test_sampling_draws_from_the_distribution():
     drawn = process(None, logits.expand(10_000, -1)).argmax(1).bincount(minlength=4) / 10_000
     expected = logits.softmax(0)
     assert ((drawn - expected).abs() < 4 * (expected * (1 - expected) / 10_000).sqrt()).all()
+    process = samplers(Decoding(do_sample=True, top_k=2), range(10_000))
+    assert process(None, logits.flip(0).expand(10_000, -1)).argmax(1).unique().tolist() == [2, 3]  # never what is cut
 
 
 def test_fused_lora_takes_float32_from_autocast_into_16_bits(make_captioner):
