@@ -6,35 +6,37 @@
     python p2_train.py --config configs/shapes.yaml --data runs/demo/shapes --output runs/demo/p2  # minutes on a CPU
 
 Stage `align` trains the projector alone, stage `finetune` the projector and LoRA. A run folder holds config.yaml,
-metrics.jsonl, loss.png, best/ (lowest validation loss) and last/ (the end of the last epoch, where `--resume` goes on).
+metrics.jsonl, loss.png, best/ (lowest validation loss) and last/ (where `--resume` goes on, also inside an epoch).
+SIGTERM or Ctrl-C lets the step end, saves and stops; a second one stops at once.
 """
 
 import math
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from tqdm import tqdm
 
-from common.config import CommonSettings, UserError, check, flatten, plain, run
+from common.config import CommonSettings, UserError, check, run, stop_signals
 from common.device import Precision, pick_device, torch_dtype
-from common.files import JsonLines, folder_problems, remove_folder, restore_folder, written_whole
+from common.files import JsonLines, folder_problems
 from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
 from data.prefetch import prefetch
 from metrics.cider import agreement, cider, find_java
 from models import training
 from models.captioner import Captioner, CaptionerConfig, build_captioner
-from models.checkpoint import check_checkpoint, find_checkpoint, load_trained, save_captioner
+from models.checkpoint import find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
 from models.decoder import attend_with, causal_lm, check_decoder
 from models.decoding import Decoding
 from models.encoder import check_encoder
+from models.run_folder import begin_run, resumed_state
 from models.splits import Split, prepare_split, weigh_by_agreement
 from pages.figures import plot_losses
 
@@ -56,7 +58,7 @@ class Config(CommonSettings, CaptionerConfig):
     output: Path | None = None
     """Run folder to write."""
     resume: bool = False
-    """Go on with the run in `output` from the end of its last epoch."""
+    """Go on with the run in `output` from where it was saved last."""
     dry_run: bool = False
     """Print the parts and their trainable parameters, and stop: no data, no network, no weights."""
 
@@ -83,6 +85,8 @@ class Config(CommonSettings, CaptionerConfig):
     """bf16 and fp16 hold the frozen weights in 16 bits and compute in them; what trains stays in float32."""
     save_precision: Precision = "float32"
     """Precision of best/; last/ is always float32."""
+    save_steps: PositiveInt = 200
+    """Save the run's state in last/ after so many optimizer steps, and at the end of each epoch."""
     val_cider: bool = False
     """Caption the validation photos after each epoch and score them with CIDEr."""
     skip_bad_photos: bool = False
@@ -117,39 +121,6 @@ def check_settings(cfg: Config) -> None:
         find_java()
 
 
-# ------------------------------------------------------------------------------------------- the run folder
-
-
-def settings_of(cfg: Config) -> dict:
-    """What config.yaml holds: all that makes the run what it is, as plain values."""
-    return {key: value for key, value in plain(cfg).items() if key not in ("overwrite", "resume", "dry_run")}
-
-
-def resumed_state(cfg: Config) -> dict | None:
-    """The trainer's state in last/; None where there is none yet. Raises UserError if the settings have changed."""
-    last = cfg.output / "last"
-    restore_folder(last)
-    if not cfg.resume or not (last / "trainer.pt").exists():
-        return None
-    stored = yaml.safe_load((cfg.output / "config.yaml").read_text(encoding="utf-8"))
-    before = flatten(settings_of(Config())) | flatten(stored)
-    elsewhere = ("device", "features", "output", "data", "images", "val_images")  # the same run on another machine
-    now = {key: value for key, value in flatten(settings_of(cfg)).items() if key not in elsewhere}
-    check([f"resume: {key} was {before[key]}, is {now[key]}" for key in now if now[key] != before[key]])
-    check_checkpoint(last)
-    return torch.load(last / "trainer.pt", map_location="cpu", weights_only=True)
-
-
-def begin_run(cfg: Config, resumed: bool, logged: int) -> None:
-    """Write config.yaml and keep the first `logged` rows of the metrics log; a new run starts without folders."""
-    if not resumed:
-        remove_folder(cfg.output / "best")
-        remove_folder(cfg.output / "last")
-    JsonLines(cfg.output / "metrics.jsonl").keep(logged)  # what a killed run logged after its last save is done again
-    with written_whole(cfg.output / "config.yaml") as part:
-        part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")
-
-
 # ------------------------------------------------------------------------------------------- training
 
 
@@ -160,15 +131,19 @@ class Trainer:
         self.cfg, self.accelerator, self.captioner, self.train, self.val = cfg, accelerator, captioner, train, val
         self.model = captioner  # as accelerate wraps it, once a stage has begun
         self.attention = training.prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
-        self.state = {"stage": next(iter(training.STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
+        self.state = {"stage": next(iter(training.STAGES)), "epoch": 0, "step": 0, "best": math.inf, "logged": 0}
+        self.state["pending"] = []  # (loss, tokens) of the steps that are not yet logged
+        self.stopped_by: list[int] = []  # the signal that asks to stop
         self.log = JsonLines(cfg.output / "metrics.jsonl")
 
     def run(self) -> None:
         """Train the stages from where `state` says."""
         names = list(training.STAGES)
-        for name in names[names.index(self.state["stage"]) :]:
-            self.train_stage(name)
-            self.state["epoch"] = 0
+        with stop_signals() as self.stopped_by:
+            for name in names[names.index(self.state["stage"]) :]:
+                self.state["stage"] = name
+                self.train_stage(name)
+                self.state["epoch"] = 0
 
     def train_stage(self, name: str) -> None:
         """Train one stage, epoch by epoch."""
@@ -182,18 +157,19 @@ class Trainer:
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
         average = training.Average(training.parameters_of(groups), cfg.ema)  # on the device by now
         parts = {"optimizer": optimizer, "schedule": schedule, "average": average}
+        if accelerator.scaler:
+            parts["scaler"] = accelerator.scaler
         for part in self.state.keys() & parts.keys():  # resumed inside this stage
             parts[part].load_state_dict(self.state.pop(part))
         for epoch in range(self.state["epoch"], math.ceil(stage.epochs)):
-            start = time.monotonic()
             # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
             steps = self.optimizer_steps(order=1000 * cfg.seed + 100 * list(training.STAGES).index(name) + epoch)
             count = round(stage.epochs * epoch_steps) - epoch * epoch_steps  # may be more than there are
-            place = {"stage": name, "epoch": epoch + 1}
-            self.train_epoch(place, steps[:count], **parts)
-            self.state |= place
+            place, start = {"stage": name, "epoch": epoch + 1}, time.monotonic()
+            self.train_epoch(place, steps[:count], parts)
             with average.in_place():
                 self.measure(place | {"seconds": round(time.monotonic() - start, 1)})
+            self.state |= {"epoch": epoch + 1, "step": 0}
             self.save_last(parts)
 
     def optimizer_steps(self, order: int | None = None) -> list[tuple[list[list[Row]], int]]:
@@ -214,36 +190,62 @@ class Trainer:
         device = self.accelerator.device
         return model(features.to(device, non_blocking=features.is_pinned()), packed.to(device))[0]
 
-    def train_epoch(self, place: dict, steps: list, optimizer, schedule, average: training.Average) -> None:
-        """Take the optimizer `steps`, behind a progress bar; `place` is the stage and the epoch, for the log."""
-        accelerator, start = self.accelerator, time.monotonic()
-        label, main = "{stage}, epoch {epoch}".format_map(place), accelerator.is_main_process
-        bar = tqdm(prefetch(steps, self.inputs), label, total=len(steps), mininterval=1, disable=not main)
-        captions, token_sum, loss_sum = 0, 0, torch.zeros((), device=accelerator.device)
+    def train_epoch(self, place: dict, steps: list, parts: dict) -> None:
+        """Take the optimizer `steps` that are left of an epoch, behind a progress bar; `place` is for the log."""
+        state, done, captions, start = self.state, self.state["step"], 0, time.monotonic()
+        label, quiet = "{stage}, epoch {epoch}".format_map(place), not self.accelerator.is_main_process
+        ahead = prefetch(steps[done:], self.inputs)
+        bar = tqdm(ahead, label, initial=done, total=len(steps), mininterval=1, disable=quiet)
         self.captioner.train()
-        for step, (inputs, (batches, tokens)) in enumerate(zip(bar, steps), start=1):
-            for i, batch in enumerate(batches):
-                with accelerator.no_sync(self.model) if i + 1 < len(batches) else nullcontext():
-                    loss = self.loss(self.model, *inputs[i]) * bool(batch)
-                    # the mean over the whole step's tokens; gradients are averaged over processes, hence the factor
-                    accelerator.backward(loss * accelerator.num_processes / tokens)
-                loss_sum += loss.detach()
-                captions += sum(len(row) for _, row in batch)
-            if self.cfg.max_grad_norm:
-                accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
-            lr = schedule.get_last_lr()[-1]  # of LoRA, where it trains
-            optimizer.step()
-            optimizer.zero_grad()
-            average.update()
-            schedule.step()
-            token_sum += tokens
-            if step % 20 == 0 or step == len(steps):  # reading the loss makes a GPU wait, so not at each step
-                mean = accelerator.reduce(loss_sum, "sum").item() / token_sum
-                rate = captions / (time.monotonic() - start)
-                bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", captions_a_second=f"{rate:.1f}")
-                if main:
-                    self.log.append(place | {"step": step, "loss": round(mean, 5), "lr": lr})
-                loss_sum, token_sum = torch.zeros_like(loss_sum), 0
+        for inputs, (batches, tokens) in zip(bar, steps[done:]):
+            loss = self.take_step(inputs, batches, tokens, **parts)
+            captions += sum(len(row) for batch in batches for _, row in batch)
+            state["step"] += 1
+            state["pending"].append((loss, tokens))
+            if state["step"] % 20 == 0 or state["step"] == len(steps):
+                rate = f"{captions / (time.monotonic() - start):.1f}"
+                bar.set_postfix(self.log_losses(place, steps, **parts), captions_a_second=rate)
+            parts["schedule"].step()
+            if self.stopped_by or state["step"] % self.cfg.save_steps == 0:
+                self.save_last(parts)
+            if self.stopped_by:
+                print(f"\nstopped after step {state['step']} of {label}; --resume goes on", file=sys.stderr)
+                sys.exit(128 + self.stopped_by[0])
+
+    def take_step(self, inputs: list, batches: list, tokens: int, optimizer, average, **_) -> torch.Tensor:
+        """One optimizer step over the batches of this process; returns the sum of their losses."""
+        accelerator, total = self.accelerator, torch.zeros((), device=self.accelerator.device)
+        for i, batch in enumerate(batches):
+            with accelerator.no_sync(self.model) if i + 1 < len(batches) else nullcontext():
+                loss = self.loss(self.model, *inputs[i]) * bool(batch)
+                # the mean over the whole step's tokens; gradients are averaged over processes, hence the factor
+                accelerator.backward(loss * accelerator.num_processes / tokens)
+            total += loss.detach()
+        if self.cfg.max_grad_norm:
+            accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+        return total
+
+    def log_losses(self, place: dict, steps: list, schedule, **_) -> dict[str, str]:
+        """Log the mean loss of the pending steps, and return it and the learning rate for the bar.
+
+        Raises UserError where a loss is not a number. This is where a GPU has to wait, so it is not done at each step.
+        """
+        pending, step = self.state["pending"], self.state["step"]
+        losses = torch.stack([loss.to(self.accelerator.device) for loss, _ in pending])
+        losses = self.accelerator.reduce(losses, "sum").tolist()
+        for number, loss in enumerate(losses, start=step - len(losses)):
+            if not math.isfinite(loss):
+                photos = sorted({self.train.photos[photo].stem for batch in steps[number][0] for photo, _ in batch})
+                where = f"step {number + 1} of {place['stage']}, epoch {place['epoch']}"
+                raise UserError(f"{where}: the loss is {loss}, photos {', '.join(photos)}; a lower lr may help")
+        mean, lr = sum(losses) / sum(tokens for _, tokens in pending), schedule.get_last_lr()[-1]  # of LoRA
+        if self.accelerator.is_main_process:
+            self.log.append(place | {"step": step, "loss": round(mean, 5), "lr": lr})
+        self.state["pending"] = []
+        return {"loss": f"{mean:.3f}", "lr": f"{lr:.1e}"}
 
     # ----------------------------------------------------------------------------------- the end of an epoch
 
@@ -267,8 +269,11 @@ class Trainer:
 
     def save_last(self, parts: dict) -> None:
         """Write last/, where the run can go on; `parts` are what has a state_dict."""
+        if not all(p.isfinite().all() for p in self.captioner.parameters() if p.requires_grad):
+            raise UserError("weights are no longer finite, so they are not saved; a lower lr may help")
         if self.accelerator.is_main_process:
             self.state |= {"logged": len(self.log.rows()), "rng": torch.get_rng_state()}
+            self.state["cuda_rng"] = torch.cuda.get_rng_state_all()
             trainer = self.state | {name: part.state_dict() for name, part in parts.items()}
             save_captioner(self.captioner, self.cfg.output / "last", extra={"trainer.pt": trainer})
 
@@ -329,6 +334,7 @@ def main(cfg: Config) -> None:
     if state:
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
+        torch.cuda.set_rng_state_all(state.pop("cuda_rng", []))
     trainer = Trainer(cfg, accelerator, captioner, train, val)
     trainer.state |= state or {}
     if accelerator.is_main_process:

@@ -11,7 +11,8 @@ import re
 import signal
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -199,6 +200,26 @@ def _in_words(kind: Any) -> str:
 def plain(config: Any) -> dict[str, Any]:
     """A config dataclass as nested plain values, for YAML and JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Give a list that gets the number of a SIGTERM or SIGINT, so that work can stop at a good moment.
+
+    A second signal acts as it did before.
+    """
+    caught: list[int] = []
+
+    def restore(*signals: object) -> None:
+        caught.extend(signals[:1])  # a handler is called with the signal's number and a stack frame
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, restore) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        restore()
 
 
 def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | None = None) -> None:

@@ -3,9 +3,11 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import sys
 from collections import Counter
@@ -31,6 +33,7 @@ from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner
 from models.decoder import LoraConfig
 from models.encoder import FrozenEncoder, build_encoder
 from models.features import encode_files
+from models.run_folder import settings_of
 from models.splits import Split, prepare_split, weigh_by_agreement
 from models.training import Average, Stage
 
@@ -248,14 +251,16 @@ def test_accumulated_batches_equal_one_batch(config, tmp_path):
         assert ours.pop("stage") == theirs.pop("stage") and ours == pytest.approx(theirs, rel=1e-4)
 
 
-def stop_at(monkeypatch, call: int) -> None:
-    """Stop the next run as Ctrl-C would, at this batch (four of training and two of validation an epoch)."""
+def stop_at(monkeypatch, call: int, signal_number: int | None = None) -> None:
+    """Break off the next run at this batch (four of training and two of validation an epoch), or send it a signal."""
     loss, calls = p2_train.Trainer.loss, Counter()
 
     def counted(*args):
         calls["loss"] += 1
-        if calls["loss"] == call:
+        if calls["loss"] == call and signal_number is None:
             raise KeyboardInterrupt
+        if calls["loss"] == call:
+            os.kill(os.getpid(), signal_number)
         return loss(*args)
 
     monkeypatch.setattr(p2_train.Trainer, "loss", counted)
@@ -263,13 +268,15 @@ def stop_at(monkeypatch, call: int) -> None:
 
 def read_back(cfg: p2_train.Config, file: Path) -> p2_train.Config:
     """The same settings as a user gives them, from a file."""
-    file.write_text(yaml.safe_dump(p2_train.settings_of(cfg)))
+    file.write_text(yaml.safe_dump(settings_of(cfg)))
     return parse_config(p2_train.Config, ["--config", str(file)])
 
 
-@pytest.mark.parametrize("dropout, ema, stops", [(0.0, 0.0, [3, 7, 18]), (0.1, 0.9, [10, 13])])
-def test_a_stopped_run_goes_on_as_if_unbroken(config, tmp_path, dropout, ema, stops, monkeypatch):
-    config = partial(config, ema=ema)
+@pytest.mark.parametrize(
+    "dropout, ema, save_steps, stops", [(0.0, 0.0, 200, [3, 7, 18]), (0.1, 0.9, 200, [10]), (0.1, 0.9, 2, [4, 9, 15])]
+)
+def test_a_stopped_run_goes_on_as_if_unbroken(config, tmp_path, dropout, ema, save_steps, stops, monkeypatch):
+    config = partial(config, ema=ema, save_steps=save_steps)
     lora = LoraConfig(rank=4, alpha=8, dropout=dropout)
     p2_train.main(config(output=tmp_path / "whole", lora=lora))
     monkeypatch.setattr(p2_train, "plot_losses", lambda *_: None)  # slow, and seen above
@@ -284,6 +291,72 @@ def test_a_stopped_run_goes_on_as_if_unbroken(config, tmp_path, dropout, ema, st
         assert rows(cfg.output) == rows(tmp_path / "whole")
     p2_train.main(dataclasses.replace(cfg, resume=True))  # nothing is left to do
     assert rows(cfg.output) == rows(tmp_path / "whole")
+
+
+def test_a_run_goes_on_inside_an_epoch(config, tmp_path, monkeypatch):
+    """It takes the steps that are left, and no other."""
+    cfg = config(save_steps=2, align=Stage(epochs=0), finetune=Stage(epochs=1, lr=1e-2))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 4)  # after three steps, the first two of them saved
+        p2_train.main(cfg)
+    assert torch.load(cfg.output / "last" / "trainer.pt", weights_only=True)["step"] == 2
+    step, steps = p2_train.Trainer.take_step, []
+    monkeypatch.setattr(p2_train.Trainer, "take_step", lambda *args, **kw: (steps.append(1), step(*args, **kw))[1])
+    p2_train.main(dataclasses.replace(cfg, resume=True))
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_step_end_saves_and_leaves(config, tmp_path, number, code, monkeypatch, capsys):
+    handler = signal.getsignal(number)
+    cfg = config(align=Stage(epochs=0), finetune=Stage(epochs=1, lr=1e-2))
+    p2_train.main(dataclasses.replace(cfg, output=tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop_at(patch, 3, number)
+        p2_train.main(cfg)
+    assert stopped.value.code == code and signal.getsignal(number) == handler
+    assert "stopped after step 3 of finetune, epoch 1; --resume goes on" in capsys.readouterr().err
+    p2_train.main(dataclasses.replace(cfg, resume=True))
+    assert same(learnt(cfg.output / "last"), learnt(tmp_path / "whole" / "last"))
+    assert rows(cfg.output) == rows(tmp_path / "whole")
+
+
+def test_what_is_no_number_ends_the_run_and_the_last_good_state_is_kept(config, monkeypatch):
+    cfg = config(save_steps=2, align=Stage(epochs=0), finetune=Stage(epochs=1, lr=1e-2))
+    loss, step, calls = p2_train.Trainer.loss, p2_train.Trainer.take_step, Counter()
+
+    def no_number(trainer, *args):
+        calls["loss"] += 1
+        return loss(trainer, *args) * (float("nan") if calls["loss"] == 3 else 1)
+
+    def spoilt(trainer, *args, **parts):
+        taken = step(trainer, *args, **parts)
+        calls["step"] += 1
+        if calls["step"] == 4:  # no later loss shows it
+            next(p for p in trainer.captioner.parameters() if p.requires_grad).data[0] = float("inf")
+        return taken
+
+    for name, patch, expected in (
+        ("loss", no_number, r"step 3 of finetune, epoch 1: the loss is nan, photos \w+.*; a lower lr may help"),
+        ("take_step", spoilt, "weights are no longer finite"),
+    ):
+        with monkeypatch.context() as context, pytest.raises(UserError, match=expected):
+            context.setattr(p2_train.Trainer, name, patch)
+            p2_train.main(dataclasses.replace(cfg, overwrite=True))
+        assert torch.load(cfg.output / "last" / "trainer.pt", weights_only=True)["step"] == 2
+        assert all(tensor.isfinite().all() for tensor in learnt(cfg.output / "last").values())
+
+
+def test_a_run_whose_state_is_gone_or_damaged_is_not_begun_anew(config):
+    cfg = config(align=Stage(epochs=0), finetune=Stage(epochs=1, lr=1e-2))
+    p2_train.main(cfg)
+    before = (cfg.output / "metrics.jsonl").read_text()
+    state = cfg.output / "last" / "trainer.pt"
+    for damage in (lambda: state.write_bytes(state.read_bytes()[:100]), lambda: torch.save([1], state), state.unlink):
+        damage()
+        with pytest.raises(UserError, match="resume: .*--overwrite begins anew"):
+            p2_train.main(dataclasses.replace(cfg, resume=True))
+    assert (cfg.output / "best").exists() and (cfg.output / "metrics.jsonl").read_text() == before
 
 
 def test_an_average_forgets_its_start_and_then_follows_its_decay():
