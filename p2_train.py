@@ -28,13 +28,12 @@ from common.files import JsonLines, folder_problems
 from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
 from data.prefetch import prefetch
-from metrics.cider import agreement, cider, find_java
+from metrics.cider import agreement, find_java
 from models import training
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.checkpoint import find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
-from models.decoder import attend_with, causal_lm, check_decoder
-from models.decoding import Decoding
+from models.decoder import check_decoder
 from models.encoder import check_encoder
 from models.run_folder import begin_run, resumed_state
 from models.splits import Split, prepare_split, weigh_by_agreement
@@ -87,8 +86,6 @@ class Config(CommonSettings, CaptionerConfig):
     """Precision of best/; last/ is always float32."""
     save_steps: PositiveInt = 200
     """Save the run's state in last/ after so many optimizer steps, and at the end of each epoch."""
-    val_cider: bool = False
-    """Caption the validation photos after each epoch and score them with CIDEr."""
     skip_bad_photos: bool = False
     """Go on without photos that cannot be decoded, instead of ending with an error."""
     features: Path = Path("runs/features")
@@ -117,7 +114,7 @@ def check_settings(cfg: Config) -> None:
         hint = "--resume goes on with it, --overwrite replaces it"
         problems += folder_problems(cfg.output, cfg.overwrite or cfg.resume, hint, marker="config.yaml")
     check(problems)
-    if cfg.val_cider or cfg.consensus:
+    if cfg.consensus:
         find_java()
 
 
@@ -130,7 +127,7 @@ class Trainer:
     def __init__(self, cfg: Config, accelerator: Accelerator, captioner: Captioner, train: Split, val: Split | None):
         self.cfg, self.accelerator, self.captioner, self.train, self.val = cfg, accelerator, captioner, train, val
         self.model = captioner  # as accelerate wraps it, once a stage has begun
-        self.attention = training.prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
+        training.prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
         self.state = {"stage": next(iter(training.STAGES)), "epoch": 0, "step": 0, "best": math.inf, "logged": 0}
         self.state["pending"] = []  # (loss, tokens) of the steps that are not yet logged
         self.stopped_by: list[int] = []  # the signal that asks to stop
@@ -257,8 +254,6 @@ class Trainer:
             row["val_loss"] = self.validation_loss()
         if not self.accelerator.is_main_process:
             return
-        if cfg.val_cider:
-            row["val_cider"] = self.validation_cider()
         self.log.append(row)
         print("  ".join(f"{key} {round(value, 4) if key.startswith('val') else value}" for key, value in row.items()))
         plot_losses(self.log.rows(), cfg.output / "loss.png")
@@ -287,18 +282,6 @@ class Trainer:
             total += self.loss(self.captioner, *inputs)  # not as wrapped: no process waits for another
         return self.accelerator.reduce(total, "sum").item() / sum(map(batch_tokens, batches))
 
-    def validation_cider(self) -> float:
-        """CIDEr-D of greedy captions of the validation photos."""
-        photos, predictions = self.val.photos, {}
-        lm = causal_lm(self.captioner.decoder)
-        for start in tqdm(range(0, len(photos), 32), "caption", leave=False):
-            part = range(start, min(start + 32, len(photos)))
-            with self.accelerator.autocast(), attend_with(lm, "sdpa", after=self.attention):
-                features = self.val.features[part].to(self.accelerator.device)
-                captions = self.captioner.generate_from(features, {"greedy": Decoding()}, {"greedy": ()})["greedy"]
-            predictions |= {photos[i].stem: self.captioner.text(ids) for i, ids in zip(part, captions)}
-        return cider({photo.stem: list(photo.captions) for photo in photos}, predictions)[0]
-
 
 def main(cfg: Config) -> None:
     check_settings(cfg)
@@ -314,8 +297,6 @@ def main(cfg: Config) -> None:
     state = resumed_state(cfg)
     val_source = cfg.val_annotations, cfg.val_images or cfg.images
     photos, val_photos = read_splits(cfg.data, (cfg.annotations, cfg.images), val_source, cfg.limit, cfg.val_limit)
-    if cfg.val_cider and not val_photos:
-        raise UserError("val_cider: needs validation photos, none given")
 
     if device.index is not None:
         torch.cuda.set_device(device)

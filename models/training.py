@@ -87,18 +87,13 @@ def parameters_of(groups: list[dict]) -> list[torch.nn.Parameter]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-def prepare_training(captioner: Captioner, dtype: torch.dtype, device: torch.device) -> str:
-    """Make a training step cheap: frozen weights in `dtype`, fused LoRA, the attention that is fastest on `device`.
-
-    Returns transformers' name of that attention.
-    """
+def prepare_training(captioner: Captioner, dtype: torch.dtype, device: torch.device) -> None:
+    """Make a training step cheap: frozen weights in `dtype`, fused LoRA, the attention that is fastest on `device`."""
     for _, parameter in parts_of(captioner)["decoder"]:  # in 16 bits once, not cast anew at each step
         parameter.data = parameter.data.to(dtype)
     fuse_lora(captioner.decoder)
     # on a CPU the backward pass of sdpa under a mask is several times slower than attention written out
-    implementation = "eager" if device.type == "cpu" else "sdpa"
-    causal_lm(captioner.decoder).set_attn_implementation(implementation)
-    return implementation
+    causal_lm(captioner.decoder).set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
 
 
 class Average:

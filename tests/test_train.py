@@ -467,13 +467,12 @@ def test_photos_that_cannot_be_decoded(config, data_root, tmp_path, capsys):
 
 def test_bf16_packed_run_captions_photos(config, data_root, tmp_path, monkeypatch, capsys):
     cfg = config(
-        precision="bf16", save_precision="fp16", captions_per_row=3, bucket=True, max_grad_norm=1.0, val_cider=True,
+        precision="bf16", save_precision="fp16", captions_per_row=3, bucket=True, max_grad_norm=1.0,
         align=Stage(epochs=0.5, lr=1e-2, optimizer="adamw", schedule="cosine", warmup=0.5),
         finetune=Stage(epochs=1, lr=3e-3),
     )  # fmt: skip
     p2_train.main(cfg)
     logged = rows(cfg.output)
-    assert [row["epoch"] for row in logged if "val_cider" in row] == [1, 1]
     assert logged[-1]["val_loss"] < logged[1]["val_loss"]
     assert {tensor.dtype for tensor in learnt(cfg.output / "best").values()} == {torch.float16}
     assert {tensor.dtype for tensor in learnt(cfg.output / "last").values()} == {torch.float32}
