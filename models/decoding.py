@@ -191,10 +191,16 @@ def fixed_cache(parts: Sequence[Cache], repeats: int, room: int) -> Cache:
     """Join the caches of a batch's parts, which are used up; each row comes `repeats` times in succession.
 
     transformers' DynamicLayer copies all that it holds for each new token. The StaticLayers here have room for `room`
-    tokens more and write each in its place. Layers with a sliding window stay of their own kind.
+    tokens more and write each in its place. Layers with a sliding window stay of their own kind, and so do those with a
+    state instead of keys (linear attention), which can be given in one part only.
     """
     cache = parts[0]
+    count = next(layer.keys.shape[0] for layer in cache.layers if isinstance(layer, DynamicLayer))
+    rows = torch.arange(count).repeat_interleave(repeats)
     for number, layers in enumerate(zip(*(part.layers for part in parts))):
+        if not isinstance(layers[0], DynamicLayer):  # a state of fixed size for each row, or nothing at all
+            layers[0].reorder_cache(rows)
+            continue
         keys, values = (
             torch.cat([getattr(layer, name) for layer in layers]).repeat_interleave(repeats, dim=0)
             for name in ("keys", "values")
@@ -220,13 +226,16 @@ def generate_all(
     seeds: dict[Hashable, Sequence[int]],
     eos: int | list[int],
     pad: int,
+    attention: str = "sdpa",
+    **rows: Tensor,
 ) -> dict[Hashable, list[list[int]]]:
     """Several decodings of B prompts from one prefill: token ids without EOS, B captions by decoding.
 
     `caches` hold, part by part of the batch, what `model` keeps of `ids` (B, L) but for the last; they are used up.
     Decodings with the same number of steps go side by side as rows of one batch: a step reads the weights once for all
     of them. `seeds` has one for each photo by decoding. On a CPU the `language_model` attends by plain products, since
-    the fused kernel is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time.
+    the fused kernel is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time. Elsewhere
+    it attends by `attention`. `rows` are what else `generate` reads, (..., B, L).
     """
     groups: dict[tuple, list[Hashable]] = {}
     for name, decoding in decodings.items():
@@ -236,10 +245,11 @@ def generate_all(
         count, first = len(names), decodings[names[0]]
         parts = caches if number == len(groups) else copy.deepcopy(caches)
         processors = [samplers(decodings[name], seeds[name]) for name in names]
-        with attend_with(language_model, "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
+        with attend_with(language_model, "eager" if ids.device.type == "cpu" else attention, after=attention):
             out = model.generate(
                 input_ids=ids.repeat_interleave(count, dim=0),
                 attention_mask=mask.repeat_interleave(count, dim=0),
+                **{name: value.repeat_interleave(count, dim=-2) for name, value in rows.items()},
                 generation_config=generation_config(first, eos, pad),
                 logits_processor=LogitsProcessorList([Interleaved(processors)]),
                 **{CACHE: fixed_cache(parts, count * first.num_beams, first.max_new_tokens)},
