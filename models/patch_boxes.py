@@ -79,7 +79,8 @@ def measure_boxes(model: nn.Module, read: Callable[[Image.Image], dict], width: 
     with torch.inference_mode(False), torch.enable_grad():
         owner, count = _readers(model, read(Image.new("RGB", (width, height))))
     black, white = pixels_of(np.zeros(1)), pixels_of(np.full(1, 255.0))
-    used = ((white - black).abs() > 1e-6) & (owner >= 0)  # not padding
+    seen = (white - black).abs()
+    used = (seen > seen.max() / 2) & (owner >= 0)  # more photo than padding
     owner = owner[used].cpu().numpy()
     values = np.bincount(owner, minlength=count)
     edges = []
@@ -92,31 +93,33 @@ def measure_boxes(model: nn.Module, read: Callable[[Image.Image], dict], width: 
     return np.stack([edge for pair in zip(*edges) for edge in pair], axis=1)
 
 
+def _overlaps(boxes: np.ndarray, grid: PatchGrid) -> np.ndarray:
+    """(N, 4) boxes -> (N, P) the share of each that lies in each cell of the grid."""
+    left, top, right, bottom = grid.box
+    shares = []
+    for axis, edges in ((1, np.linspace(top, bottom, grid.rows + 1)), (0, np.linspace(left, right, grid.columns + 1))):
+        low, high = boxes[:, axis, None], boxes[:, axis + 2, None]
+        inside = np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1])
+        shares.append(np.nan_to_num(inside.clip(min=0) / (high - low)))
+    return (shares[0][:, :, None] * shares[1][:, None, :]).reshape(len(boxes), -1)
+
+
 def grid_of(boxes: np.ndarray) -> tuple[PatchGrid, np.ndarray]:
     """(N, 4) boxes -> one grid over all of them, and (N, P) the share of each box that lies in each of its P cells.
 
     Boxes that fill a grid, one for each cell, are its cells. Of several views of a photo the cells are as large as the
     median box, which is one of the finest view.
     """
-    placed = ~np.isnan(boxes[:, 0])
-    real = boxes[placed]
-    (left, top), (right, bottom) = start, end = real[:, :2].min(axis=0), real[:, 2:].max(axis=0)
-    columns, rows = np.maximum((end - start) / np.median(real[:, 2:] - real[:, :2], axis=0), 1).round().astype(int)
-    shares = []
-    for low, high, edges in (
-        (boxes[:, 1, None], boxes[:, 3, None], np.linspace(top, bottom, rows + 1)),
-        (boxes[:, 0, None], boxes[:, 2, None], np.linspace(left, right, columns + 1)),
-    ):
-        inside = np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1])
-        shares.append(np.nan_to_num(inside.clip(min=0) / (high - low)))
-    share = (shares[0][:, :, None] * shares[1][:, None, :]).reshape(len(boxes), -1)
-    middle = ((real[:, :2] + real[:, 2:]) / 2 - start) / (end - start)  # from 0 to 1
-    for shape in itertools.product((rows - 1, rows, rows + 1), (columns - 1, columns, columns + 1)):
-        cells = np.ravel_multi_index((middle[:, ::-1] * shape).astype(int).T, shape, mode="clip")
-        if len(set(cells)) == len(real) == np.prod(shape):
-            (rows, columns), share = shape, np.zeros((len(boxes), len(real)))
-            share[placed, cells] = 1
-    return PatchGrid(int(rows), int(columns), (float(left), float(top), float(right), float(bottom))), share
+    real = boxes[~np.isnan(boxes[:, 0])]
+    box = (*real[:, :2].min(axis=0).tolist(), *real[:, 2:].max(axis=0).tolist())
+    wide, tall = np.median(real[:, 2:] - real[:, :2], axis=0)
+    rows, columns = max(1, round((box[3] - box[1]) / tall)), max(1, round((box[2] - box[0]) / wide))
+    for shape in itertools.product((rows - 1, rows, rows + 1), (columns - 1, columns, columns + 1)):  # as estimated
+        if np.prod(shape) == len(real):
+            filled = _overlaps(boxes, PatchGrid(*shape, box)) > 0.8
+            if filled.any(axis=0).all():
+                return PatchGrid(*shape, box), filled.astype(float)
+    return PatchGrid(rows, columns, box), _overlaps(boxes, PatchGrid(rows, columns, box))
 
 
 def on_grid(record: AttentionRecord, share: np.ndarray) -> AttentionRecord:
