@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from common.config import UserError
@@ -59,21 +59,17 @@ class Recorder:
     peak: list[Tensor] = field(default_factory=list)
     """(B, T, P) of the last two layers."""
 
-    def record(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, softcap=None) -> None:
-        """(B, H, Q, D) queries, (B, G, K, D) keys of G groups of heads, mask (B, 1, Q, K) or None for plain causal."""
-        batch, heads, length, width = query.shape
+    def record(self, query: Tensor, key: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> None:
+        """(B, H, Q, D) queries, (B, G, K, D) keys of G groups of heads, mask (B, 1, Q, K)."""
+        batch, heads, _, width = query.shape
         rows = self.rows[:, None, :, None]  # (B, 1, T, 1)
         query = query.gather(2, rows.expand(-1, heads, -1, width))
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
         scores = query.float() @ key.float().transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
         scores = capped(scores, softcap)
-        if mask is not None:
-            mask = mask[..., : key.shape[2]].expand(batch, -1, -1, -1)
-            wanted = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
-            scores = scores.masked_fill(~wanted, float("-inf")) if wanted.dtype == torch.bool else scores + wanted
-        elif length > 1:
-            future = torch.arange(key.shape[2], device=rows.device) > rows + key.shape[2] - length
-            scores = scores.masked_fill(future, float("-inf"))
+        mask = mask[..., : key.shape[2]].expand(batch, -1, -1, -1)
+        wanted = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        scores = scores.masked_fill(~wanted, float("-inf")) if wanted.dtype == torch.bool else scores + wanted
         seen = scores.softmax(dim=-1).gather(3, self.columns[:, None, None, :].expand(-1, heads, rows.shape[2], -1))
         self.mean.append(seen.mean(dim=1))
         self.peak = [*self.peak[-1:], seen.amax(dim=1)]
@@ -86,17 +82,12 @@ def _recorded_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     recorder, softcap = _recorder.get(), kwargs.get("softcap")
     if recorder is not None:
         recorder.record(query, key, attention_mask, kwargs.get("scaling"), softcap)
-    if softcap is not None:  # Gemma 2's cap on the scores, which sdpa does not know
-        if attention_mask is not None:
-            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
-                ~attention_mask, float("-inf")
-            )
-        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    attend = sdpa_attention_forward if softcap is None else eager_attention_forward  # sdpa knows no cap
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(RECORDED, _recorded_sdpa)
-AttentionMaskInterface.register(RECORDED, sdpa_mask)  # without a mask function tokens would see the future
+AttentionMaskInterface.register(RECORDED, eager_mask)  # without a mask function tokens would see the future
 
 
 @contextmanager

@@ -191,16 +191,10 @@ def fixed_cache(parts: Sequence[Cache], repeats: int, room: int) -> Cache:
     """Join the caches of a batch's parts, which are used up; each row comes `repeats` times in succession.
 
     transformers' DynamicLayer copies all that it holds for each new token. The StaticLayers here have room for `room`
-    tokens more and write each in its place. Layers with a sliding window stay of their own kind, and so do those with a
-    state instead of keys (linear attention), which can be given in one part only.
+    tokens more and write each in its place. Layers with a sliding window stay of their own kind.
     """
     cache = parts[0]
-    count = next(layer.keys.shape[0] for layer in cache.layers if isinstance(layer, DynamicLayer))
-    rows = torch.arange(count).repeat_interleave(repeats)
     for number, layers in enumerate(zip(*(part.layers for part in parts))):
-        if not isinstance(layers[0], DynamicLayer):  # a state of fixed size for each row, or nothing at all
-            layers[0].reorder_cache(rows)
-            continue
         keys, values = (
             torch.cat([getattr(layer, name) for layer in layers]).repeat_interleave(repeats, dim=0)
             for name in ("keys", "values")
@@ -257,3 +251,19 @@ def generate_all(
         new = until_eos(out[:, ids.shape[1] :], eos)  # by position: words of a prompt may come back in a caption
         captions |= {name: new[place::count] for place, name in enumerate(names)}
     return {name: captions[name] for name in decodings}
+
+
+def generate_plainly(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    decoding: Decoding,
+    seeds: Sequence[int],
+    eos: int | list[int],
+    pad: int,
+) -> list[list[int]]:
+    """Captions by transformers' `generate` alone, which every family has, Q-Formers and encoder-decoders too."""
+    config, draw = generation_config(decoding, eos, pad), samplers(decoding, seeds)
+    out = model.generate(**inputs, generation_config=config, logits_processor=draw)
+    length = inputs["input_ids"].shape[1]
+    begins = length if out[:, :length].equal(inputs["input_ids"]) else int(model.config.is_encoder_decoder)
+    return until_eos(out[:, begins:], eos)  # behind the prompt, or behind the token that starts a decoder

@@ -40,13 +40,11 @@ def image_embeddings(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     def stop(module, args, kwargs):
         raise _Reached(kwargs["inputs_embeds"])
 
-    hook = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model(**inputs)
-    except _Reached as reached:
-        return reached.args[0][inputs["input_ids"] == model.config.image_token_id]
-    finally:
-        hook.remove()
+    with model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True):
+        try:
+            model(**inputs)
+        except _Reached as reached:
+            return reached.args[0][inputs["input_ids"] == model.config.image_token_id]
 
 
 def _readers(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:

@@ -22,16 +22,7 @@ from transformers.cache_utils import Cache
 from common.config import UserError
 from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
-from models.decoding import (
-    CACHE,
-    Decoding,
-    choose_candidates,
-    generate_all,
-    generation_config,
-    samplers,
-    until_eos,
-    with_candidates,
-)  # fmt: skip
+from models.decoding import CACHE, Decoding, choose_candidates, generate_all, generate_plainly, with_candidates
 from models.encoder import PatchGrid
 from models.hub import hub_or_cache, means_folder, quiet, why
 from models.patch_boxes import grid_of, measure_boxes, on_grid
@@ -44,8 +35,7 @@ PLACED = (  # several decodings from one prefill, and heatmaps
     "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_vl",
     "qwen2_5_vl", "qwen3_vl", "smolvlm",
 )  # fmt: skip
-SHARED = (*PLACED, "gemma4", "lfm2_vl", "qwen3_5")  # several decodings from one prefill
-COMPARED = (*SHARED, "blip-2", "instructblip")
+COMPARED = (*PLACED, "blip-2", "gemma4", "instructblip", "lfm2_vl", "qwen3_5")
 OWN_PROMPT = ("blip-2", "instructblip", "paligemma")  # without a chat template; the processor adds the image's place
 PREFIX_LM = ("paligemma",)  # all tokens of the prompt see each other
 
@@ -100,12 +90,8 @@ class VisionLanguageModel(nn.Module):
         for name, value in inputs.items():  # ids, mask and token types, but no pixels
             if value.shape == mask.shape and self.family not in PREFIX_LM:
                 short[name] = value[:, :-1]
-        one = generation_config(Decoding(max_new_tokens=1), self.eos, self.pad)
-        hook = decoder.register_forward_hook(lambda *call: seen.extend(call[2:]), with_kwargs=True)
-        try:
-            self.model.generate(**short, generation_config=one, **{CACHE: cache})
-        finally:
-            hook.remove()
+        with decoder.register_forward_hook(lambda *call: seen.extend(call[2:]), with_kwargs=True):
+            self.model.generate(**short, max_new_tokens=1, do_sample=False, num_beams=1, **{CACHE: cache})
         if self.family in PREFIX_LM:
             cache.crop(-1)
         kwargs, output = seen
@@ -117,29 +103,18 @@ class VisionLanguageModel(nn.Module):
         self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
     ) -> dict[str, list[list[int]]]:
         """Token ids of B captions for each decoding; see `models.interface`."""
-        inputs, model = self.inputs([photo.image for photo in photos]), self.model
-        wanted, own_seeds = with_candidates(decodings, seeds)
-        if self.family in SHARED:
-            cache = DynamicCache(config=model.config)
+        inputs, ends = self.inputs([photo.image for photo in photos]), (self.eos, self.pad)
+        wanted, own = with_candidates(decodings, seeds)
+        if self.family in PLACED:
+            cache, more = DynamicCache(config=self.model.config), {"attention": self.attention}
             _, positions = self._prefill(inputs, cache)
-            more = {"attention": self.attention}
             if positions.ndim == 3:  # `generate` counts the other kind by itself
                 more["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
-            prompt = inputs["input_ids"], inputs["attention_mask"]
-            drawn = generate_all(
-                model, model.get_decoder(), [cache], *prompt, wanted, own_seeds, self.eos, self.pad, **more
-            )
+            prompt = [cache], inputs["input_ids"], inputs["attention_mask"]
+            drawn = generate_all(self.model, self.model.get_decoder(), *prompt, wanted, own, *ends, **more)
         else:
-            drawn = {name: self._generate_plainly(inputs, wanted[name], own_seeds[name]) for name in wanted}
+            drawn = {name: generate_plainly(self.model, inputs, wanted[name], own[name], *ends) for name in wanted}
         return choose_candidates(drawn, decodings, self.text)
-
-    def _generate_plainly(self, inputs: dict[str, Tensor], decoding: Decoding, seeds: Sequence[int]) -> list[list[int]]:
-        """Captions by transformers' `generate` alone, which every family has, Q-Formers and encoder-decoders too."""
-        config, draw = generation_config(decoding, self.eos, self.pad), samplers(decoding, seeds)
-        out = self.model.generate(**inputs, generation_config=config, logits_processor=draw)
-        length = inputs["input_ids"].shape[1]
-        begins = length if out[:, :length].equal(inputs["input_ids"]) else int(self.model.config.is_encoder_decoder)
-        return until_eos(out[:, begins:], self.eos)  # behind the prompt, or the start token of a decoder
 
     @torch.inference_mode()
     def attend(
@@ -220,13 +195,9 @@ def check_quantize(quantize: Quantize, device: torch.device) -> None:
 
 
 def load_vlm(
-    model: str,
-    prompt: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantize: Quantize = "none",
+    model: str, prompt: str, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none",
     fit: Fit = "processor",
-) -> VisionLanguageModel:
+) -> VisionLanguageModel:  # fmt: skip
     """Load a hub id or a local folder onto `device`. Raises UserError where it cannot be loaded.
 
     Says on stderr where several decodings cannot go on from one prefill, and where captions were never compared with
@@ -250,7 +221,7 @@ def load_vlm(
     family = lm.config.model_type
     if getattr(processor, "chat_template", None) is None and family not in OWN_PROMPT:
         raise UserError(f"model: the processor of {model} has no chat template to put the prompt into")
-    if family not in SHARED:
+    if family not in PLACED:
         compared = "" if family in COMPARED else ", and its captions were never compared with those of plain generate"
         print(f"model: {family} reads the photos anew for each decoding{compared}", file=sys.stderr)
     return VisionLanguageModel(lm, processor, prompt, fit)
