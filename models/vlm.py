@@ -59,11 +59,13 @@ class VisionLanguageModel(nn.Module):
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.pad = self.tokenizer.pad_token_id
         template = getattr(processor, "chat_template", None)
-        self.prompt, self.fit = chat_prompt(processor, prompt) if template else prompt, fit
         eos = model.generation_config.eos_token_id
         self.eos: int | list[int] = self.tokenizer.eos_token_id if eos is None else eos
-        self.family, text = model.config.model_type, model.config.get_text_config()
+        self.fit, self.family, text = fit, model.config.model_type, model.config.get_text_config()
+        self.prompt = chat_prompt(processor, prompt) if template else "<image>" * (self.family in PREFIX_LM) + prompt
         self.attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"  # which knows no such cap
+        if self.attention == "eager":  # older releases of transformers take sdpa all the same
+            model.get_decoder().set_attn_implementation("eager")
         self.patch_boxes = lru_cache(maxsize=1024)(self._patch_boxes)
 
     def inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
