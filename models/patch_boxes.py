@@ -5,7 +5,7 @@ patch of the vision tower sees only itself, and gradients tell which image token
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from data.photos import LoadedPhoto, Photo
 from models.attention import AttentionRecord
 from models.decoder import attend_with
 from models.encoder import PatchGrid
@@ -64,26 +65,29 @@ def _readers(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
     return owner.clamp(max=len(scores) - 1).masked_fill(whole == 0, -1), len(scores)
 
 
-def measure_boxes(model: nn.Module, read: Callable[[Image.Image], dict], width: int, height: int) -> np.ndarray:
+def measure_boxes(
+    model: nn.Module, inputs: Callable[[Sequence[LoadedPhoto]], dict[str, Tensor]], width: int, height: int
+) -> np.ndarray:
     """(N, 4) boxes (left, top, right, bottom) of a photo's image tokens, in its pixels; NaN where a token has none.
 
-    Tokens that end a row have no box, nor have those that see only padding. `read` makes the model's inputs of a photo.
+    Tokens that end a row have no box, nor have those that see only padding. `inputs` of photos are what `model` reads.
     """
 
-    def pixels_of(grey: np.ndarray) -> Tensor:
-        grey = np.broadcast_to(grey.round(), (height, width)).astype(np.uint8)
-        return read(Image.fromarray(grey).convert("RGB"))["pixel_values"].float()
+    def inputs_of(grey: np.ndarray | int) -> dict[str, Tensor]:
+        grey = np.broadcast_to(np.round(grey), (height, width)).astype(np.uint8)
+        return inputs([LoadedPhoto(Photo("grey", None), Image.fromarray(grey).convert("RGB"), "grey")])
 
     with torch.inference_mode(False), torch.enable_grad():
-        owner, count = _readers(model, read(Image.new("RGB", (width, height))))
-    black, white = pixels_of(np.zeros(1)), pixels_of(np.full(1, 255.0))
+        owner, count = _readers(model, inputs_of(0))
+    greys = 0, 255, np.linspace(0, 255, width), np.linspace(0, 255, height)[:, None]
+    black, white, across, down = (inputs_of(grey)["pixel_values"].float() for grey in greys)
     seen = (white - black).abs()
     used = (seen > seen.max() / 2) & (owner >= 0)  # more photo than padding
     owner = owner[used].cpu().numpy()
     values = np.bincount(owner, minlength=count)
     edges = []
-    for ramp, size in ((np.linspace(0, 255, width), width), (np.linspace(0, 255, height)[:, None], height)):
-        at = ((pixels_of(ramp) - black) / (white - black))[used].cpu().numpy() * (size - 1.0) + 0.5
+    for ramp, size in ((across, width), (down, height)):
+        at = ((ramp - black) / (white - black))[used].cpu().numpy() * (size - 1.0) + 0.5
         mean, square = (np.bincount(owner, at**power, count) / np.where(values, values, np.nan) for power in (1, 2))
         rounding = ((size - 1) / 255) ** 2 / 12  # what 256 steps of grey add to a variance (Sheppard's correction)
         half = np.sqrt(3 * (square - mean**2 - rounding).clip(1e-6))  # of evenly spread values

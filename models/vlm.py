@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
@@ -68,8 +68,9 @@ class VisionLanguageModel(nn.Module):
             model.get_decoder().set_attn_implementation("eager")
         self.patch_boxes = lru_cache(maxsize=1024)(self._patch_boxes)
 
-    def inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def inputs(self, photos: Sequence[LoadedPhoto]) -> dict[str, Tensor]:
         """B photos -> input_ids and attention_mask (B, L), pixel_values and what else the model reads."""
+        images = [photo.image for photo in photos]
         if self.fit == "pad":
             mean = getattr(self.processor.image_processor, "image_mean", None) or [0.5] * 3
             colour = tuple(int(255 * value) for value in mean)
@@ -105,7 +106,7 @@ class VisionLanguageModel(nn.Module):
         self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
     ) -> dict[str, list[list[int]]]:
         """Token ids of B captions for each decoding; see `models.interface`."""
-        inputs, ends = self.inputs([photo.image for photo in photos]), (self.eos, self.pad)
+        inputs, ends = self.inputs(photos), (self.eos, self.pad)
         wanted, own = with_candidates(decodings, seeds)
         if self.family in PLACED:
             cache, more = DynamicCache(config=self.model.config), {"attention": self.attention}
@@ -123,7 +124,7 @@ class VisionLanguageModel(nn.Module):
         self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]]
     ) -> list[list[AttentionRecord]]:
         """What each token of each of a photo's captions attended to, the closing EOS last."""
-        inputs, decoder = self.inputs([photo.image for photo in photos]), self.model.get_decoder()
+        inputs, decoder = self.inputs(photos), self.model.get_decoder()
         cache = DynamicCache()  # keys of the whole prompt in all layers, those with a sliding window too
         states, positions = self._prefill(inputs, cache)
         prompt, device = inputs["input_ids"], states.device
@@ -155,7 +156,7 @@ class VisionLanguageModel(nn.Module):
         """
         if self.family not in PLACED:
             raise UserError(f"model: heatmaps need one of the families {', '.join(PLACED)}; this is {self.family}")
-        return measure_boxes(self.model, lambda image: self.inputs([image]), width, height)
+        return measure_boxes(self.model, self.inputs, width, height)
 
     def patch_grid(self, width: int, height: int) -> PatchGrid:
         """The grid of the attention records of a photo of `width` x `height` pixels. Raises UserError."""

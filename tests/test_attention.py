@@ -91,7 +91,7 @@ def test_records_of_llava_are_what_eager_attention_sees(llava_folder, as_photos)
     assert llava.model.config.text_config._attn_implementation == "sdpa"
     llava.model.set_attn_implementation("eager")
     for photo, ids, record in zip(photos, IDS, records):
-        inputs = llava.inputs([photo.image])
+        inputs = llava.inputs([photo])
         length = inputs["input_ids"].shape[1]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

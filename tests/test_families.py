@@ -183,11 +183,11 @@ def overlap(one: np.ndarray, two: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", HEATMAPS)
-def test_boxes_are_those_of_the_processors_rules_and_painting_changes_their_tokens_most(name):
+def test_boxes_are_those_of_the_processors_rules_and_painting_changes_their_tokens_most(name, as_photos):
     vlm, rng = of(name), np.random.default_rng(0)
     for width, height in ((120, 90), (97, 211)):
         photo = Image.fromarray(rng.integers(100, 150, (height, width, 3), dtype=np.uint8))
-        inputs, boxes = vlm.inputs([photo]), vlm.patch_boxes(width, height)
+        inputs, boxes = vlm.inputs(as_photos([photo])), vlm.patch_boxes(width, height)
         expected = derived(name, vlm, inputs, width, height)
         assert np.array_equal(np.isnan(expected), np.isnan(boxes))
         real = ~np.isnan(boxes[:, 0])
@@ -203,7 +203,7 @@ def test_boxes_are_those_of_the_processors_rules_and_painting_changes_their_toke
                 y = top + (bottom - top) * np.array([row, row + 1]) / cells.rows
                 painted = photo.copy()
                 painted.paste((255, 0, 255), (round(x[0]), round(y[0]), round(x[1]), round(y[1])))
-                change = (image_embeddings(vlm.model, vlm.inputs([painted])) - before).norm(dim=1).numpy()
+                change = (image_embeddings(vlm.model, vlm.inputs(as_photos([painted]))) - before).norm(dim=1).numpy()
                 holds = share[:, row * cells.columns + column] > 0.05
                 assert holds[change.argmax()], (width, height, row, column)
 
