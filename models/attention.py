@@ -60,7 +60,7 @@ class Recorder:
     """(B, T, P) of the last two layers."""
 
     def record(self, query: Tensor, key: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> None:
-        """(B, H, Q, D) queries, (B, G, K, D) keys of G groups of heads, mask (B, 1, Q, K)."""
+        """(B, H, Q, D) queries, (B, G, K, D) keys of G groups of heads, mask (B, 1, Q, K) to add."""
         batch, heads, _, width = query.shape
         rows = self.rows[:, None, :, None]  # (B, 1, T, 1)
         query = query.gather(2, rows.expand(-1, heads, -1, width))
@@ -68,8 +68,7 @@ class Recorder:
         scores = query.float() @ key.float().transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
         scores = capped(scores, softcap)
         mask = mask[..., : key.shape[2]].expand(batch, -1, -1, -1)
-        wanted = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
-        scores = scores.masked_fill(~wanted, float("-inf")) if wanted.dtype == torch.bool else scores + wanted
+        scores = scores + mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
         seen = scores.softmax(dim=-1).gather(3, self.columns[:, None, None, :].expand(-1, heads, rows.shape[2], -1))
         self.mean.append(seen.mean(dim=1))
         self.peak = [*self.peak[-1:], seen.amax(dim=1)]

@@ -5,7 +5,7 @@ patch of the vision tower sees only itself, and gradients tell which image token
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -65,12 +65,10 @@ def _readers(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
     return owner.clamp(max=len(scores) - 1).masked_fill(whole == 0, -1), len(scores)
 
 
-def measure_boxes(
-    model: nn.Module, inputs: Callable[[Sequence[LoadedPhoto]], dict[str, Tensor]], width: int, height: int
-) -> np.ndarray:
+def measure_boxes(model: nn.Module, inputs: Callable, width: int, height: int) -> np.ndarray:
     """(N, 4) boxes (left, top, right, bottom) of a photo's image tokens, in its pixels; NaN where a token has none.
 
-    Tokens that end a row have no box, nor have those that see only padding. `inputs` of photos are what `model` reads.
+    Tokens that end a row have no box, nor have those that see only padding. `inputs([photo])` is what `model` reads.
     """
 
     def inputs_of(grey: np.ndarray | int) -> dict[str, Tensor]:

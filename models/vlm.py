@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
 
 from common.config import UserError
 from data.photos import LoadedPhoto
@@ -37,7 +35,6 @@ PLACED = (  # several decodings from one prefill, and heatmaps
 )  # fmt: skip
 COMPARED = (*PLACED, "blip-2", "gemma4", "instructblip", "lfm2_vl", "qwen3_5")
 OWN_PROMPT = ("blip-2", "instructblip", "paligemma")  # without a chat template; the processor adds the image's place
-PREFIX_LM = ("paligemma",)  # all tokens of the prompt see each other
 
 Quantize = Literal["none", "4bit", "8bit"]
 Fit = Literal["processor", "pad"]
@@ -62,7 +59,7 @@ class VisionLanguageModel(nn.Module):
         eos = model.generation_config.eos_token_id
         self.eos: int | list[int] = self.tokenizer.eos_token_id if eos is None else eos
         self.fit, self.family, text = fit, model.config.model_type, model.config.get_text_config()
-        self.prompt = chat_prompt(processor, prompt) if template else "<image>" * (self.family in PREFIX_LM) + prompt
+        self.prompt = chat_prompt(processor, prompt) if template else "<image>" * (self.family == "paligemma") + prompt
         self.attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"  # which knows no such cap
         if self.attention == "eager":  # older releases of transformers take sdpa all the same
             model.get_decoder().set_attn_implementation("eager")
@@ -83,23 +80,19 @@ class VisionLanguageModel(nn.Module):
         inputs.pop("labels", None)  # PaliGemma's, for training
         return dict(inputs.to(self.model.device, self.model.dtype))
 
-    def _prefill(self, inputs: dict[str, Tensor], cache: Cache) -> tuple[Tensor, Tensor]:
-        """Fill `cache` with all but the prompt's last token: captions begin with that one.
+    def _prefill(self, inputs: dict[str, Tensor], cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """Fill `cache` with all but the prompt's last token, by which captions begin.
 
         Returns final states (B, L - 1, D) and positions (B, L - 1), or (3 or 4, B, L - 1) where image tokens have rows
-        and columns. `generate` prepares what differs between families: positions, masks, token types.
+        and columns. `generate` prepares what differs between families: positions, masks, token types. It reads the last
+        token too, since in PaliGemma all tokens of a prompt see each other.
         """
-        short, mask, seen, decoder = dict(inputs), inputs["attention_mask"], [], self.model.get_decoder()
-        for name, value in inputs.items():  # ids, mask and token types, but no pixels
-            if value.shape == mask.shape and self.family not in PREFIX_LM:
-                short[name] = value[:, :-1]
-        with decoder.register_forward_hook(lambda *call: seen.extend(call[2:]), with_kwargs=True):
-            self.model.generate(**short, max_new_tokens=1, do_sample=False, num_beams=1, **{CACHE: cache})
-        if self.family in PREFIX_LM:
-            cache.crop(-1)
+        seen = []
+        with self.model.get_decoder().register_forward_hook(lambda *call: seen.extend(call[2:]), with_kwargs=True):
+            self.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, **{CACHE: cache})
+        cache.crop(-1)
         kwargs, output = seen
-        before = mask.shape[1] - 1
-        return output.last_hidden_state[:, :before], kwargs["position_ids"][..., :before]
+        return output.last_hidden_state[:, :-1], kwargs["position_ids"][..., :-1]
 
     @torch.inference_mode()
     def generate(
@@ -109,8 +102,9 @@ class VisionLanguageModel(nn.Module):
         inputs, ends = self.inputs(photos), (self.eos, self.pad)
         wanted, own = with_candidates(decodings, seeds)
         if self.family in PLACED:
-            cache, more = DynamicCache(config=self.model.config), {"attention": self.attention}
-            _, positions = self._prefill(inputs, cache)
+            # all layers keep the whole prompt, but for PaliGemma 2's with a sliding window, which run in no other way
+            cache = DynamicCache(config=self.model.config if self.family == "paligemma" else None)
+            positions, more = self._prefill(inputs, cache)[1], {"attention": self.attention}
             if positions.ndim == 3:  # `generate` counts the other kind by itself
                 more["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
             prompt = [cache], inputs["input_ids"], inputs["attention_mask"]
@@ -125,18 +119,17 @@ class VisionLanguageModel(nn.Module):
     ) -> list[list[AttentionRecord]]:
         """What each token of each of a photo's captions attended to, the closing EOS last."""
         inputs, decoder = self.inputs(photos), self.model.get_decoder()
-        cache = DynamicCache()  # keys of the whole prompt in all layers, those with a sliding window too
-        states, positions = self._prefill(inputs, cache)
+        states, positions = self._prefill(inputs, cache := DynamicCache())
         prompt, device = inputs["input_ids"], states.device
         places = [(row == self.model.config.image_token_id).nonzero()[:, 0] for row in prompt]
-        columns = pad_sequence(places, batch_first=True)  # (B, P) of the photo with the most image tokens
+        columns = nn.utils.rnn.pad_sequence(places, batch_first=True)  # (B, P) of the photo with the most image tokens
         patches = states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
         owner = torch.tensor([b for b, own in enumerate(captions) for _ in own], device=device)
         cache.batch_select_indices(owner)  # each caption goes on from its own photo's prompt
         flat = [list(caption) for own in captions for caption in own]
         rows = [torch.tensor([prompt[0, -1], *caption], device=device) for caption in flat]  # all prompts end alike
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad)
-        real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+        real = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         steps = torch.arange(ids.shape[1], device=device).expand(len(flat), -1)
         with record_attention(decoder, steps, columns[owner], self.attention) as recorder:
             states = decoder(
