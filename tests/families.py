@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import transformers as t
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from models.vlm import PROMPT
@@ -18,15 +18,15 @@ QWEN_VISION = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_head
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 INTERLEAVED = ROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
 TILES = [[height, width] for height in (56, 112, 168) for width in (56, 112, 168)]
-WORDS = f"{PROMPT} . User Assistant : red green blue yellow box wall dog cat man woman on in with street".split()
+WORDS = f"{PROMPT} User: Assistant: . a red green blue yellow box wall dog cat man woman on in with street".split()
 
 
 def tokenizer(*others: str, **special: str) -> t.PreTrainedTokenizerFast:
     """Words as tokens; `special` ones {attribute: token}, and `others` that have no attribute."""
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    words = dict.fromkeys([*names.values(), *special.values(), *others, *WORDS])
+    words = dict.fromkeys([*names.values(), *special.values(), *others, *(f"▁{word}" for word in WORDS)])
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     made = t.PreTrainedTokenizerFast(tokenizer_object=core, **names, extra_special_tokens=special or None)
     made.add_tokens([*others], special_tokens=True)
     return made
@@ -138,7 +138,7 @@ def paligemma(text=t.GemmaConfig, **shape):
     look.image_seq_length = 16
     config = t.PaliGemmaConfig(
         text_config=text(**TEXT, head_dim=8, **shape, **ids(tok)), projection_dim=32, hidden_size=32,
-        vocab_size=len(tok), image_token_index=tok.image_token_id,
+        vocab_size=len(tok), image_token_index=tok.image_token_id, tie_word_embeddings=False,
         vision_config=t.SiglipVisionConfig(**SIGLIP, projection_dim=32),
     )  # fmt: skip
     return "PaliGemmaForConditionalGeneration", config, t.PaliGemmaProcessor(look, tok)
