@@ -67,11 +67,11 @@ class VisionLanguageModel(nn.Module):
 
     def inputs(self, photos: Sequence[LoadedPhoto]) -> dict[str, Tensor]:
         """B photos -> input_ids and attention_mask (B, L), pixel_values and what else the model reads."""
-        images = [photo.image for photo in photos]
-        if self.fit == "pad":
-            mean = getattr(self.processor.image_processor, "image_mean", None) or [0.5] * 3
-            colour = tuple(int(255 * value) for value in mean)
-            images = [ImageOps.pad(image, (max(image.size),) * 2, color=colour) for image in images]
+        mean = getattr(self.processor.image_processor, "image_mean", None) or [0.5] * 3
+        colour, images = tuple(int(255 * value) for value in mean), []
+        for size, image in ((photo.image.size, photo.image) for photo in photos):
+            least = max(size) // (1 if self.fit == "pad" else 50)  # some processors refuse photos that are thinner
+            images.append(ImageOps.pad(image, (max(size[0], least), max(size[1], least)), color=colour))
         bos = self.tokenizer.bos_token  # some chat templates write it, and then the tokenizer shall not
         inputs = self.processor(
             images=[[image] for image in images], text=[self.prompt] * len(images), padding=True, return_tensors="pt",

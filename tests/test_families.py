@@ -230,6 +230,16 @@ def test_padded_photos_are_seen_whole_and_the_padding_is_no_part_of_a_map(photos
     assert record.mean.sum(axis=2).max() < 1
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "mistral3"])
+def test_a_thin_photo_ends_no_run(name, as_photos):
+    """Qwen's processors refuse a photo that is 200 times as long as wide, Pixtral's one that loses its last pixel."""
+    vlm, photos = of(name), as_photos([Image.new("RGB", (400, 1), "red")])
+    (caption,) = vlm.generate(photos, {"": Decoding(3)}, {"": ()})[""]
+    ((record,),) = vlm.attend(photos, [[caption]])
+    boxes = vlm.patch_boxes(400, 1)
+    assert np.isfinite(record.mean).all() and np.nanmin(boxes) >= 0 and np.nanmax(boxes[:, 3]) <= 1
+
+
 # ------------------------------------------------------------------------------------------- what is not supported
 
 
