@@ -1,4 +1,4 @@
-"""P1: zero-shot captions of photos with LLaVA, several decodings for one look at each photo.
+"""P1: zero-shot captions of photos with LLaVA or another vision-language model, several decodings in one run.
 
     python p1_llava_caption.py --images MY_PHOTOS --output captions.json                       # LLaVA-1.5-7B, greedy
     python p1_llava_caption.py --images MY_PHOTOS --output captions.json --quantize 4bit       # on a card of 8 GB
@@ -21,7 +21,7 @@ from data.annotations import find_photos
 from data.journal import Journal
 from data.photos import PhotoBatches
 from models.decoding import PRESETS, Decoding, check_decoding, photo_seed
-from models.vlm import PROMPT, Quantize, check_model, check_quantize, load_vlm
+from models.vlm import PROMPT, Fit, Quantize, check_model, check_quantize, load_vlm
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Config(CommonSettings):
     """Threads that decode photos ahead."""
     precision: Precision | Literal["auto"] = "auto"
     """auto is bf16 on CUDA and float32 elsewhere."""
+    fit: Fit = "processor"
+    """processor: photos as the processor takes them; pad: padded to squares first, as in LLaVA-1.5's training."""
     quantize: Quantize = "none"
     """Hold the weights in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
 
@@ -68,12 +70,12 @@ def main(cfg: Config) -> None:
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision: fp16 is not for CPUs; expected float32 or bf16")
     decodings = {name: cfg.own if name == "own" else PRESETS[name] for name in cfg.decoding}
-    shared = {"model": cfg.model, "prompt": cfg.prompt, "precision": precision, "quantize": cfg.quantize}
-    shared |= {"seed": cfg.seed, "versions": library_versions()}
+    shared = {name: getattr(cfg, name) for name in ("model", "prompt", "quantize", "fit", "seed")}
+    shared |= {"precision": precision, "versions": library_versions()}
     settings = {name: shared | {"decoding": {"name": name} | asdict(decodings[name])} for name in decodings}
     journal = Journal(cfg.output, settings, cfg.overwrite)
 
-    model = load_vlm(cfg.model, cfg.prompt, device, torch_dtype(precision), cfg.quantize)
+    model = load_vlm(cfg.model, cfg.prompt, device, torch_dtype(precision), cfg.quantize, cfg.fit)
     batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=journal.done)
     for batch in batches:
         seeds = {name: [photo_seed(cfg.seed, name, photo.stem) for photo in batch] for name in decodings}

@@ -33,7 +33,7 @@ from models.attribution import METHODS, Unit, split_units
 from models.checkpoint import load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 from models.interface import CaptionModel
-from models.vlm import PROMPT, Quantize, check_model, check_quantize, load_vlm
+from models.vlm import PROMPT, Fit, Quantize, check_model, check_quantize, load_vlm
 from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
 
 Grounded = dict[Photo, list[tuple[list[int], list[Named]]]]  # a photo's captions, and the objects that each names
@@ -50,9 +50,9 @@ class Config(CommonSettings):
     checkpoint: Path | None = None
     """A run folder of p2_train.py, or a checkpoint folder in it."""
     model: str | None = None
-    """Instead of a checkpoint: a LLaVA of transformers, hub id or local folder."""
+    """Instead of a checkpoint: a vision-language model of transformers, hub id or local folder."""
     prompt: str = PROMPT
-    """What a LLaVA is asked."""
+    """What `model` is asked."""
     method: Literal[tuple(METHODS)] = "fuse"
     """Method of the PNGs, and the first one on the page; docs/grounding.md says what each is and how well it does."""
     unit: Literal["word", "token"] = "word"
@@ -79,8 +79,10 @@ class Config(CommonSettings):
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""
     features: Path = Path("runs/features")
     """Folder of features that training stored. They are read, so that those photos are not encoded again."""
+    fit: Fit = "processor"
+    """Of `model`. processor: photos as its processor takes them; pad: padded to squares, as in LLaVA-1.5's training."""
     quantize: Quantize = "none"
-    """Hold a LLaVA's weights in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
+    """Hold the weights of `model` in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
     pictures: bool = True
     """False: measure the grounding and draw nothing."""
 
@@ -90,8 +92,8 @@ def check_settings(cfg: Config) -> None:
     problems = check_decoding("decoding", cfg.decoding) + (check_model(cfg.model) if cfg.model else [])
     if (cfg.checkpoint is None) == (cfg.model is None):
         problems.append("checkpoint: expected either checkpoint or model, got " + ("both" if cfg.model else "neither"))
-    if cfg.quantize != "none" and not cfg.model:
-        problems.append(f"quantize: {cfg.quantize} is for a LLaVA; expected model with it")
+    if (cfg.quantize, cfg.fit) != ("none", "processor") and not cfg.model:
+        problems.append("quantize, fit: these settings are of a vision-language model; expected model with them")
     if cfg.instances and (cfg.quantize != "none" or cfg.unit == "token"):
         problems.append("instances: grounding is of words and redraws weights; expected unit word and quantize none")
     if cfg.scores and cfg.top + cfg.bottom == 0:
@@ -127,8 +129,8 @@ def load_model(cfg: Config) -> CaptionModel:
     device = pick_device(cfg.device)
     if cfg.model:
         check_quantize(cfg.quantize, device)
-        model = load_vlm(cfg.model, cfg.prompt, device, torch_dtype(cfg.precision), cfg.quantize)
-        model.patch_grid(1, 1)  # refuses a model whose patches cannot be placed
+        model = load_vlm(cfg.model, cfg.prompt, device, torch_dtype(cfg.precision), cfg.quantize, cfg.fit)
+        model.patch_grid(64, 64)  # refuses a model whose patches cannot be placed
         return model
     model = load_captioner(cfg.checkpoint)
     model.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")

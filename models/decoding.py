@@ -226,13 +226,16 @@ def generate_all(
     seeds: dict[Hashable, Sequence[int]],
     eos: int | list[int],
     pad: int,
+    attention: str = "sdpa",
+    **rows: Tensor,
 ) -> dict[Hashable, list[list[int]]]:
     """Several decodings of B prompts from one prefill: token ids without EOS, B captions by decoding.
 
     `caches` hold, part by part of the batch, what `model` keeps of `ids` (B, L) but for the last; they are used up.
     Decodings with the same number of steps go side by side as rows of one batch: a step reads the weights once for all
     of them. `seeds` has one for each photo by decoding. On a CPU the `language_model` attends by plain products, since
-    the fused kernel is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time.
+    the fused kernel is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time. Elsewhere
+    it attends by `attention`. `rows` are what else `generate` reads, (..., B, L).
     """
     groups: dict[tuple, list[Hashable]] = {}
     for name, decoding in decodings.items():
@@ -242,10 +245,11 @@ def generate_all(
         count, first = len(names), decodings[names[0]]
         parts = caches if number == len(groups) else copy.deepcopy(caches)
         processors = [samplers(decodings[name], seeds[name]) for name in names]
-        with attend_with(language_model, "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
+        with attend_with(language_model, "eager" if ids.device.type == "cpu" else attention, after=attention):
             out = model.generate(
                 input_ids=ids.repeat_interleave(count, dim=0),
                 attention_mask=mask.repeat_interleave(count, dim=0),
+                **{name: value.repeat_interleave(count, dim=-2) for name, value in rows.items()},
                 generation_config=generation_config(first, eos, pad),
                 logits_processor=LogitsProcessorList([Interleaved(processors)]),
                 **{CACHE: fixed_cache(parts, count * first.num_beams, first.max_new_tokens)},
@@ -253,3 +257,19 @@ def generate_all(
         new = until_eos(out[:, ids.shape[1] :], eos)  # by position: words of a prompt may come back in a caption
         captions |= {name: new[place::count] for place, name in enumerate(names)}
     return {name: captions[name] for name in decodings}
+
+
+def generate_plainly(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    decoding: Decoding,
+    seeds: Sequence[int],
+    eos: int | list[int],
+    pad: int,
+) -> list[list[int]]:
+    """Captions by transformers' `generate` alone, which every family has, Q-Formers and encoder-decoders too."""
+    config, draw = generation_config(decoding, eos, pad), samplers(decoding, seeds)
+    out = model.generate(**inputs, generation_config=config, logits_processor=draw)
+    length = inputs["input_ids"].shape[1]
+    begins = length if out[:, :length].equal(inputs["input_ids"]) else int(model.config.is_encoder_decoder)
+    return until_eos(out[:, begins:], eos)  # behind the prompt, or behind the token that starts a decoder

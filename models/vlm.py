@@ -2,27 +2,42 @@
 
 LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744) is the one of the published report. The photos are encoded and the prompt
 is prefilled once; all decodings and all captions that are looked into go on from that cache of keys and values.
+docs/grounding.md lists the families of models.
 """
 
+import sys
 from collections.abc import Sequence
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from common.config import UserError
 from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
-from models.decoding import CACHE, Decoding, choose_candidates, generate_all, prefill, with_candidates
-from models.encoder import PatchGrid, PhotoTransform
+from models.decoding import CACHE, Decoding, choose_candidates, generate_all, generate_plainly, with_candidates
+from models.encoder import PatchGrid
 from models.hub import hub_or_cache, means_folder, quiet, why
+from models.patch_boxes import grid_of, measure_boxes, on_grid
 
 # What LLaVA-1.5 was asked for captions in training (Liu et al. 2023).
 PROMPT = "Provide a one-sentence caption for the provided image."
 
+# Families, by `model_type`, whose captions were compared with those of transformers' plain `generate`.
+PLACED = (  # several decodings from one prefill, and heatmaps
+    "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_vl",
+    "qwen2_5_vl", "qwen3_vl", "smolvlm",
+)  # fmt: skip
+COMPARED = (*PLACED, "blip-2", "gemma4", "instructblip", "lfm2_vl", "qwen3_5")
+OWN_PROMPT = ("blip-2", "instructblip", "paligemma")  # without a chat template; the processor adds the image's place
+
 Quantize = Literal["none", "4bit", "8bit"]
+Fit = Literal["processor", "pad"]
 
 
 def chat_prompt(processor, prompt: str) -> str:
@@ -34,44 +49,68 @@ def chat_prompt(processor, prompt: str) -> str:
 class VisionLanguageModel(nn.Module):
     """A `models.interface.CaptionModel`: a model of transformers, its processor, and one prompt for all photos."""
 
-    def __init__(self, model: nn.Module, processor, prompt: str):
+    def __init__(self, model: nn.Module, processor, prompt: str, fit: Fit = "processor"):
         super().__init__()
         self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
         self.tokenizer.padding_side = "left"  # generation goes on at the right end of each row
-        self.prompt = chat_prompt(processor, prompt)
-
-    @property
-    def eos(self) -> int | list[int]:
-        """The token, or tokens, that end a caption."""
-        eos = self.model.generation_config.eos_token_id
-        return self.tokenizer.eos_token_id if eos is None else eos
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.pad = self.tokenizer.pad_token_id
+        template = getattr(processor, "chat_template", None)
+        eos = model.generation_config.eos_token_id
+        self.eos: int | list[int] = self.tokenizer.eos_token_id if eos is None else eos
+        self.fit, self.family, text = fit, model.config.model_type, model.config.get_text_config()
+        self.prompt = chat_prompt(processor, prompt) if template else "<image>" * (self.family == "paligemma") + prompt
+        self.attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"  # which knows no such cap
+        if self.attention == "eager":  # older releases of transformers take sdpa all the same
+            model.get_decoder().set_attn_implementation("eager")
+        self.patch_boxes = lru_cache(maxsize=1024)(self._patch_boxes)
 
     def inputs(self, photos: Sequence[LoadedPhoto]) -> dict[str, Tensor]:
         """B photos -> input_ids and attention_mask (B, L), pixel_values and what else the model reads."""
-        images = [photo.image for photo in photos]
-        inputs = self.processor(images=images, text=[self.prompt] * len(images), padding=True, return_tensors="pt")
+        mean = getattr(self.processor.image_processor, "image_mean", None) or [0.5] * 3
+        colour, images = tuple(int(255 * value) for value in mean), []
+        for size, image in ((photo.image.size, photo.image) for photo in photos):
+            least = max(size) // (1 if self.fit == "pad" else 50)  # some processors refuse photos that are thinner
+            images.append(ImageOps.pad(image, (max(size[0], least), max(size[1], least)), color=colour))
+        bos = self.tokenizer.bos_token  # some chat templates write it, and then the tokenizer shall not
+        inputs = self.processor(
+            images=[[image] for image in images], text=[self.prompt] * len(images), padding=True, return_tensors="pt",
+            add_special_tokens=not (bos and self.prompt.startswith(bos)),
+        )  # fmt: skip
+        inputs.pop("labels", None)  # PaliGemma's, for training
         return dict(inputs.to(self.model.device, self.model.dtype))
 
-    def _prefill(self, inputs: dict[str, Tensor]):
-        """Cache and final states of all but the prompt's last token: captions begin with that one."""
-        short, mask = dict(inputs), inputs["attention_mask"]
-        for name, value in inputs.items():  # ids, mask and token types, but no pixels
-            if value.shape == mask.shape:
-                short[name] = value[:, :-1]
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1]  # padding on the left takes no position
-        return prefill(self.model.model, **short, position_ids=positions)
+    def _prefill(self, inputs: dict[str, Tensor], cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """Fill `cache` with all but the prompt's last token, by which captions begin.
+
+        Returns final states (B, L - 1, D) and positions (B, L - 1), or (3 or 4, B, L - 1) where image tokens have rows
+        and columns. `generate` prepares what differs between families: positions, masks, token types. It reads the last
+        token too, since in PaliGemma all tokens of a prompt see each other.
+        """
+        seen = []
+        with self.model.get_decoder().register_forward_hook(lambda *call: seen.extend(call[2:]), with_kwargs=True):
+            self.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, **{CACHE: cache})
+        cache.crop(-1)
+        kwargs, output = seen
+        return output.last_hidden_state[:, :-1], kwargs["position_ids"][..., :-1]
 
     @torch.inference_mode()
     def generate(
         self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
     ) -> dict[str, list[list[int]]]:
         """Token ids of B captions for each decoding; see `models.interface`."""
-        inputs = self.inputs(photos)
-        cache, _ = self._prefill(inputs)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        language_model, pad = self.model.model.language_model, self.tokenizer.pad_token_id
-        wanted = with_candidates(decodings, seeds)
-        drawn = generate_all(self.model, language_model, [cache], ids, mask, *wanted, self.eos, pad)
+        inputs, ends = self.inputs(photos), (self.eos, self.pad)
+        wanted, own = with_candidates(decodings, seeds)
+        if self.family in PLACED:
+            # all layers keep the whole prompt, but for PaliGemma 2's with a sliding window, which run in no other way
+            cache = DynamicCache(config=self.model.config if self.family == "paligemma" else None)
+            positions, more = self._prefill(inputs, cache)[1], {"attention": self.attention}
+            if positions.ndim == 3:  # `generate` counts the other kind by itself
+                more["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+            prompt = [cache], inputs["input_ids"], inputs["attention_mask"]
+            drawn = generate_all(self.model, self.model.get_decoder(), *prompt, wanted, own, *ends, **more)
+        else:
+            drawn = {name: generate_plainly(self.model, inputs, wanted[name], own[name], *ends) for name in wanted}
         return choose_candidates(drawn, decodings, self.text)
 
     @torch.inference_mode()
@@ -79,50 +118,42 @@ class VisionLanguageModel(nn.Module):
         self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]]
     ) -> list[list[AttentionRecord]]:
         """What each token of each of a photo's captions attended to, the closing EOS last."""
-        inputs = self.inputs(photos)
-        cache, states = self._prefill(inputs)
-        image = inputs["input_ids"][:, :-1] == self.model.config.image_token_id
-        columns = image.nonzero()[:, 1].view(len(photos), -1)  # (B, P)
+        inputs, decoder = self.inputs(photos), self.model.get_decoder()
+        states, positions = self._prefill(inputs, cache := DynamicCache())
+        prompt, device = inputs["input_ids"], states.device
+        places = [(row == self.model.config.image_token_id).nonzero()[:, 0] for row in prompt]
+        columns = nn.utils.rnn.pad_sequence(places, batch_first=True)  # (B, P) of the photo with the most image tokens
         patches = states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
-        owner = torch.tensor([b for b, own in enumerate(captions) for _ in own], device=columns.device)
+        owner = torch.tensor([b for b, own in enumerate(captions) for _ in own], device=device)
         cache.batch_select_indices(owner)  # each caption goes on from its own photo's prompt
         flat = [list(caption) for own in captions for caption in own]
-        longest, pad = max(map(len, flat)), self.tokenizer.pad_token_id
-        ids = torch.tensor([caption + [pad] * (longest - len(caption)) for caption in flat], device=owner.device)
-        real = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in flat], device=owner.device)
-        ids = torch.cat([inputs["input_ids"][owner, -1:], ids.view(len(flat), longest).long()], dim=1)
-        mask = inputs["attention_mask"][owner]
-        mask = torch.cat([mask, real.view(len(flat), longest).to(mask.dtype)], dim=1)
-        positions = (mask.cumsum(dim=1) - 1)[:, -ids.shape[1] :]
-        rows = torch.arange(ids.shape[1], device=owner.device).expand(len(flat), -1)
-        model = self.model.model
-        with record_attention(model.language_model, rows, columns[owner]) as recorder:
-            states = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: cache}
-            ).last_hidden_state
+        rows = [torch.tensor([prompt[0, -1], *caption], device=device) for caption in flat]  # all prompts end alike
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+        real = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        steps = torch.arange(ids.shape[1], device=device).expand(len(flat), -1)
+        with record_attention(decoder, steps, columns[owner], self.attention) as recorder:
+            states = decoder(
+                input_ids=ids, attention_mask=torch.cat([inputs["attention_mask"][owner, :-1], real], dim=1),
+                position_ids=positions[..., owner, -1:] + 1 + steps, use_cache=True, **{CACHE: cache},
+            ).last_hidden_state  # fmt: skip
         closed = [[[*caption, self.tokenizer.eos_token_id]] for caption in flat]
-        head = self.model.get_output_embeddings()
-        records = iter(read_records(recorder, states, patches[owner], head, closed))
-        return [[next(records)[0] for _ in own] for own in captions]
+        head, cap = self.model.get_output_embeddings(), getattr(decoder.config, "final_logit_softcapping", None)
+        records = iter(read_records(recorder, states, patches[owner], head, closed, cap))
+        shares = [grid_of(self.patch_boxes(*photo.image.size))[1] for photo in photos]
+        return [[on_grid(next(records)[0], share) for _ in own] for own, share in zip(captions, shares)]
 
-    @cached_property
-    def _square(self) -> tuple[int, PhotoTransform]:
-        """Patches a side, and how the processor crops a photo."""
-        config, processor = self.model.config, self.processor.image_processor
-        size, crop = getattr(processor, "size", None) or {}, getattr(processor, "crop_size", None) or {}
-        crops = getattr(processor, "do_center_crop", False) and "shortest_edge" in size and "height" in crop
-        if config.model_type != "llava" or not crops or config.vision_feature_select_strategy != "default":
-            raise UserError(
-                "model: expected a LLaVA that crops photos to one square, so that its patches can be placed; this is "
-                f"{config.model_type}"
-            )
-        side = crop["height"] // config.vision_config.patch_size
-        return side, PhotoTransform(crop["height"], size["shortest_edge"], (), (), "")
+    def _patch_boxes(self, width: int, height: int) -> np.ndarray:
+        """(N, 4) boxes of the image tokens of a photo of `width` x `height` pixels; see `measure_boxes`.
+
+        Raises UserError for a family whose image tokens were never placed.
+        """
+        if self.family not in PLACED:
+            raise UserError(f"model: heatmaps need one of the families {', '.join(PLACED)}; this is {self.family}")
+        return measure_boxes(self.model, self.inputs, width, height)
 
     def patch_grid(self, width: int, height: int) -> PatchGrid:
-        """Where the patches lie on a photo of `width` x `height` pixels. Raises UserError where that is not known."""
-        side, transform = self._square
-        return PatchGrid(side, side, transform.seen_box(width, height))
+        """The grid of the attention records of a photo of `width` x `height` pixels. Raises UserError."""
+        return grid_of(self.patch_boxes(width, height))[0]
 
     def text(self, ids: Sequence[int]) -> str:
         """Token ids -> caption, white space collapsed."""
@@ -160,9 +191,14 @@ def check_quantize(quantize: Quantize, device: torch.device) -> None:
 
 
 def load_vlm(
-    model: str, prompt: str, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none"
-) -> VisionLanguageModel:
-    """Load a hub id or a local folder onto `device`. Raises UserError where it cannot be loaded."""
+    model: str, prompt: str, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none",
+    fit: Fit = "processor",
+) -> VisionLanguageModel:  # fmt: skip
+    """Load a hub id or a local folder onto `device`. Raises UserError where it cannot be loaded.
+
+    Says on stderr where several decodings cannot go on from one prefill, and where captions were never compared with
+    those of plain `generate`.
+    """
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
     options = {}
@@ -175,11 +211,13 @@ def load_vlm(
         with quiet() if local else hub_or_cache() as hub:
             processor = AutoProcessor.from_pretrained(model)
             # straight onto the device: 7B in 16 bits need not pass through the CPU's memory as a whole
-            lm = AutoModelForImageTextToText.from_pretrained(
-                model, dtype=dtype, attn_implementation="sdpa", device_map={"": device}, **options
-            )
+            lm = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map={"": device}, **options)
     except Exception as error:  # hub clients raise all sorts; the user needs one line
         raise UserError(f"model: could not load {model}: {why(error, hub or local)}") from error
-    if getattr(processor, "chat_template", None) is None:
+    family = lm.config.model_type
+    if getattr(processor, "chat_template", None) is None and family not in OWN_PROMPT:
         raise UserError(f"model: the processor of {model} has no chat template to put the prompt into")
-    return VisionLanguageModel(lm, processor, prompt)
+    if family not in PLACED:
+        compared = "" if family in COMPARED else ", and its captions were never compared with those of plain generate"
+        print(f"model: {family} reads the photos anew for each decoding{compared}", file=sys.stderr)
+    return VisionLanguageModel(lm, processor, prompt, fit)

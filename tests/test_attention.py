@@ -130,7 +130,7 @@ def test_left_padding_and_no_mass_on_the_future():
 def test_attention_that_passes_by_is_an_error_and_the_model_is_left_as_it_was(make_captioner, monkeypatch):
     lm = causal_lm(make_captioner("llama").decoder)
     with pytest.raises(ZeroDivisionError), record_attention(lm, torch.zeros(1, 1).long(), torch.zeros(1, 1).long()):
-        assert lm.config._attn_implementation == "recorded_sdpa"
+        assert lm.config._attn_implementation == "recorded"
         raise ZeroDivisionError
     assert lm.config._attn_implementation == "sdpa"
     monkeypatch.setattr(type(lm), "set_attn_implementation", lambda *_: None)  # sdpa runs on, and returns no attention
@@ -141,6 +141,7 @@ def test_attention_that_passes_by_is_an_error_and_the_model_is_left_as_it_was(ma
 
 def test_several_captions_of_a_photo_are_as_each_alone_and_encoded_once(model, as_photos, monkeypatch):
     photos = as_photos([Image.effect_noise((64, 48), 80).convert("RGB") for _ in range(2)])
+    model.patch_grid(64, 48)  # measured once for each size of photo
     tower = model.encoder.net if hasattr(model, "encoder") else model.model.model.vision_tower
     encoded = []
     tower.register_forward_pre_hook(lambda _, args, kwargs: encoded.append(1), with_kwargs=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import CLIP
+from families import build
 
 HERE = Path(__file__).parents[1]
 
@@ -37,7 +38,7 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def place(tmp_path, data_root, decoders, llava_folder, monkeypatch) -> Path:
-    """A working folder with configs/, ROOT, and a tiny GPT-2, CLIP and LLaVA under the published setting's names."""
+    """A working folder with configs/, ROOT, and tiny models under the published setting's names."""
     import open_clip
     from safetensors.torch import save_file
 
@@ -46,6 +47,12 @@ def place(tmp_path, data_root, decoders, llava_folder, monkeypatch) -> Path:
         (tmp_path / name).symlink_to(target)
     (tmp_path / "llava-hf").mkdir()
     (tmp_path / "llava-hf/llava-1.5-7b-hf").symlink_to(llava_folder)
+    for name, family in {
+        "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl",
+        "HuggingFaceTB/SmolVLM-Instruct": "idefics3",
+    }.items():
+        for part in build(family):
+            part.save_pretrained(tmp_path / name)
     clip = CLIP | {"quick_gelu": True, "text_cfg": CLIP["text_cfg"] | {"context_length": 32, "vocab_size": 49408}}
     save_file(open_clip.model.CLIP(**clip).state_dict(), tmp_path / "clip.safetensors")
     names = ("ViT-L-14-quickgelu", "ViT-B-32-quickgelu")
@@ -65,7 +72,7 @@ def test_the_commands_for_real_weights_run_as_they_stand(place):
         assert done.returncode == 0, done.stderr
     assert scripts == [
         "p1_llava_caption.py", "p2_train.py", "p2_inference.py", "evaluate.py", "evaluate.py", "p3_visualize.py",
-        "p3_visualize.py",
+        "p3_visualize.py", "p1_llava_caption.py", "p3_visualize.py",
     ]  # fmt: skip
     settings = yaml.safe_load((place / "runs/p2_r32/config.yaml").read_text())
     assert (settings["encoder"]["model"], settings["decoder"]["model"], settings["lora"]["rank"]) == (
@@ -76,8 +83,9 @@ def test_the_commands_for_real_weights_run_as_they_stand(place):
     compared = json.loads((place / "runs/scores.json").read_text())
     assert [one["name"] for one in compared["runs"]] == ["llava.best", "llava.moderate", "llava.diverse"]
     assert (place / "runs/scores.html").is_file()
-    for heatmaps in ("heatmaps", "heatmaps_llava"):
-        assert len(list((place / "runs" / heatmaps).glob("*.png"))) == 2  # the best and the worst
+    for heatmaps, count in {"heatmaps": 2, "heatmaps_llava": 2, "heatmaps_smolvlm": 4}.items():  # 2: best and worst
+        assert len(list((place / "runs" / heatmaps).glob("*.png"))) == count
+    assert len(json.loads((place / "runs/qwen.json").read_text())) == 4
 
 
 PAGES = [
