@@ -22,7 +22,7 @@ from models import packaged
 from models.captioner import build_captioner
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner, save_captioner
 from models.decoder import DecoderConfig, attend_with, causal_lm, check_decoder, first_token, fuse_lora, load_decoder
-from models.decoding import CACHE, Decoding, fixed_cache, prefill, until_eos
+from models.decoding import CACHE, Decoding, check_decoding, fixed_cache, prefill, until_eos
 from models.encoder import EncoderConfig, PhotoTransform, build_encoder
 from models.packing import ChunkedCrossEntropy, pack_rows
 from models.projector import ProjectorConfig
@@ -398,6 +398,41 @@ def test_beams_share_the_image_and_find_what_transformers_finds(make_captioner, 
     assert captioner.generate_from(few, beams, {"beams": ()})["beams"] == until_eos(ids, eos)
     hook.remove()
     assert len(seen[0]) == len(few) and all(embeds is None for embeds in seen[1:])
+
+
+RULES = [
+    {"repetition_penalty": 1.8}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 6},
+    {"num_beams": 3, "length_penalty": 3.0, "no_repeat_ngram_size": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: " ".join(rule))
+def test_rules_against_repetition_are_transformers_own_and_do_not_see_the_image(make_captioner, features, rule):
+    captioner, few = loud(make_captioner("gpt2")), features
+    lm, eos = causal_lm(captioner.decoder), captioner.tokenizer.eos_token_id
+    with torch.no_grad():
+        first = lm.get_input_embeddings()(torch.full((len(few), 1), eos))
+        inputs = torch.cat([captioner.projector(few), first], dim=1)
+        ids = lm.generate(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2]), max_new_tokens=12,
+                          eos_token_id=eos, pad_token_id=eos, do_sample=False, **rule)  # fmt: skip
+    decodings = {"plain": Decoding(max_new_tokens=12), "ruled": Decoding(max_new_tokens=12, **rule)}
+    captions = captioner.generate_from(few, decodings, dict.fromkeys(decodings, ()))
+    assert captions["ruled"] == until_eos(ids, eos) != captions["plain"]
+    assert captions["plain"] == captioner.generate_from(few, {"alone": decodings["plain"]}, {"alone": ()})["alone"]
+
+
+def test_candidates_keep_the_rules(make_captioner, features):
+    decoding, seeds = Decoding(max_new_tokens=10, candidates=3, no_repeat_ngram_size=1), range(8)
+    captions = loud(make_captioner("gpt2")).generate_from(features[:8], {"mbr": decoding}, {"mbr": seeds})["mbr"]
+    assert all(len(set(ids)) == len(ids) for ids in captions) and max(map(len, captions)) > 4
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"min_new_tokens": 50}, "x.min_new_tokens: expected less than max_new_tokens 50, got 50"),
+    ({"length_penalty": 2.0}, "x.length_penalty: only beams use it; expected x.num_beams with it"),
+])  # fmt: skip
+def test_decodings_that_cannot_be(settings, said):
+    assert check_decoding("x", Decoding(**settings)) == [said]
 
 
 @pytest.mark.parametrize("window", [None, 6])
