@@ -14,15 +14,17 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from tqdm import tqdm
 
 from common.config import CommonSettings, UserError, check, flatten, plain, run
-from common.device import Precision, pick_device, torch_dtype
+from common.device import Precision, memory_used, pick_device, torch_dtype
 from common.files import JsonLines, folder_problems, remove_folder, restore_folder, written_whole
 from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
@@ -91,6 +93,8 @@ class Config(CommonSettings, CaptionerConfig):
     """Cache of encoded photos, shared by all runs."""
     val_limit: PositiveInt | None = None
     """Only the first so many validation photos."""
+    tracker: Literal["tensorboard", "wandb"] | None = None
+    """Send what metrics.jsonl gets also to this tracker; TensorBoard's files go to the run folder."""
 
 
 # ------------------------------------------------------------------------------------------- before training
@@ -107,6 +111,8 @@ def check_settings(cfg: Config) -> None:
     if cfg.batch_size % cfg.captions_per_row:
         expected = f"a multiple of captions_per_row {cfg.captions_per_row}"
         problems.append(f"batch_size: expected {expected}, got {cfg.batch_size}")
+    if cfg.tracker and cfg.tracker not in map(str, get_available_trackers()):
+        problems.append(f"tracker: {cfg.tracker} is not installed; pip install {cfg.tracker}")
     if not cfg.dry_run:
         if (cfg.data is None) == (cfg.annotations is None) or (cfg.data and cfg.val_annotations):
             problems.append("data: expected either data or annotations, got " + ("both" if cfg.data else "neither"))
@@ -133,7 +139,8 @@ def resumed_state(cfg: Config) -> dict | None:
         return None
     stored = yaml.safe_load((cfg.output / "config.yaml").read_text(encoding="utf-8"))
     before = flatten(settings_of(Config())) | flatten(stored)
-    elsewhere = ("device", "features", "output", "data", "images", "val_images")  # the same run on another machine
+    # the same run on another machine
+    elsewhere = ("device", "features", "output", "data", "images", "val_images", "tracker")
     now = {key: value for key, value in flatten(settings_of(cfg)).items() if key not in elsewhere}
     check([f"resume: {key} was {before[key]}, is {now[key]}" for key in now if now[key] != before[key]])
     check_checkpoint(last)
@@ -160,7 +167,7 @@ class Trainer:
         self.cfg, self.accelerator, self.captioner, self.train, self.val = cfg, accelerator, captioner, train, val
         self.model = captioner  # as accelerate wraps it, once a stage has begun
         self.attention = training.prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
-        self.state = {"stage": next(iter(training.STAGES)), "epoch": 0, "best": math.inf, "logged": 0}
+        self.state = {"stage": next(iter(training.STAGES)), "epoch": 0, "best": math.inf, "logged": 0, "steps": 0}
         self.log = JsonLines(cfg.output / "metrics.jsonl")
 
     def run(self) -> None:
@@ -216,10 +223,10 @@ class Trainer:
 
     def train_epoch(self, place: dict, steps: list, optimizer, schedule, average: training.Average) -> None:
         """Take the optimizer `steps`, behind a progress bar; `place` is the stage and the epoch, for the log."""
-        accelerator, start = self.accelerator, time.monotonic()
+        accelerator, since = self.accelerator, time.monotonic()
         label, main = "{stage}, epoch {epoch}".format_map(place), accelerator.is_main_process
         bar = tqdm(prefetch(steps, self.inputs), label, total=len(steps), mininterval=1, disable=not main)
-        captions, token_sum, loss_sum = 0, 0, torch.zeros((), device=accelerator.device)
+        token_sum, loss_sum = 0, torch.zeros((), device=accelerator.device)
         self.captioner.train()
         for step, (inputs, (batches, tokens)) in enumerate(zip(bar, steps), start=1):
             for i, batch in enumerate(batches):
@@ -228,7 +235,6 @@ class Trainer:
                     # the mean over the whole step's tokens; gradients are averaged over processes, hence the factor
                     accelerator.backward(loss * accelerator.num_processes / tokens)
                 loss_sum += loss.detach()
-                captions += sum(len(row) for _, row in batch)
             if self.cfg.max_grad_norm:
                 accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
             lr = schedule.get_last_lr()[-1]  # of LoRA, where it trains
@@ -237,15 +243,23 @@ class Trainer:
             average.update()
             schedule.step()
             token_sum += tokens
+            self.state["steps"] += 1
             if step % 20 == 0 or step == len(steps):  # reading the loss makes a GPU wait, so not at each step
-                mean = accelerator.reduce(loss_sum, "sum").item() / token_sum
-                rate = captions / (time.monotonic() - start)
-                bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", captions_a_second=f"{rate:.1f}")
+                loss = round(accelerator.reduce(loss_sum, "sum").item() / token_sum, 5)
+                rate, memory = token_sum / (time.monotonic() - since), memory_used(accelerator.device)
+                row = {"loss": loss, "lr": lr, "tokens_a_second": round(rate), "memory_gb": round(memory, 2)}
+                bar.set_postfix(row)
                 if main:
-                    self.log.append(place | {"step": step, "loss": round(mean, 5), "lr": lr})
-                loss_sum, token_sum = torch.zeros_like(loss_sum), 0
+                    self.record(place | {"step": step} | row)
+                since, loss_sum, token_sum = time.monotonic(), torch.zeros_like(loss_sum), 0
 
     # ----------------------------------------------------------------------------------- the end of an epoch
+
+    def record(self, row: dict) -> None:
+        """Write a row of metrics.jsonl, and hand its numbers to the tracker, if there is one."""
+        self.log.append(row)
+        values = {f"{row['stage']}/{name}": value for name, value in row.items() if name != "stage"}
+        self.accelerator.log(values, step=self.state["steps"])
 
     def measure(self, row: dict) -> None:
         """Measure on the validation photos; write the log (`row`), loss.png and, where this is the best, best/."""
@@ -257,7 +271,7 @@ class Trainer:
             return
         if cfg.val_cider:
             row["val_cider"] = self.validation_cider()
-        self.log.append(row)
+        self.record(row)
         print("  ".join(f"{key} {round(value, 4) if key.startswith('val') else value}" for key, value in row.items()))
         plot_losses(self.log.rows(), cfg.output / "loss.png")
         # without validation photos the last epoch is the best that is known
@@ -315,7 +329,8 @@ def main(cfg: Config) -> None:
     if device.index is not None:
         torch.cuda.set_device(device)
     precision = "no" if cfg.precision == "float32" else cfg.precision
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    where = {"log_with": cfg.tracker, "project_dir": cfg.output}
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **where)
     torch.manual_seed(cfg.seed)
     captioner = build_captioner(model)
     captioner.encoder.to(accelerator.device)
@@ -334,7 +349,9 @@ def main(cfg: Config) -> None:
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()
+    accelerator.init_trackers("captioning", {name: str(value) for name, value in flatten(settings_of(cfg)).items()})
     trainer.run()
+    accelerator.end_training()
     accelerator.print(f"captioner: {find_checkpoint(cfg.output)}")
 
 
