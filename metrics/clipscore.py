@@ -1,7 +1,8 @@
 """CLIPScore: how well a caption fits its photo, without references (Hessel et al. 2021, arXiv:2104.08718).
 
 CLIPScore is 2.5 * max(cos(photo, caption), 0). Captioning courses give CLIP the caption as it is; the paper's own
-code puts "A photo depicts " before it. RefCLIPScore is the harmonic mean of CLIPScore and the caption's highest
+code puts "A photo depicts " before it. PAC-S (Sarto et al. 2023, arXiv:2303.12112) is the same with weights of its own
+and the factor 2. RefCLIPScore is the harmonic mean of CLIPScore and the caption's highest
 cosine with a reference.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from common.config import UserError
 from common.device import module_hash
 from metrics import MetricUnavailable
-from models.hub import hub_or_cache, why
+from models.hub import loading, refuse_code
 
 WEIGHT = 2.5
 
@@ -59,15 +60,12 @@ def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", devi
         _check_names(name, pretrained)
     label = f"{name}/{pretrained}" if built_in else name
     local = name.startswith("local-dir:") or (built_in and Path(pretrained).is_file())
-    hub = True
-    try:
-        with hub_or_cache() as hub:
-            model, transform = open_clip.create_model_from_pretrained(name, pretrained, "fp32", device)
-            tokenizer, architecture = open_clip.get_tokenizer(name), open_clip.get_model_config(name)
-    except Exception as error:  # open_clip, huggingface_hub, torch and safetensors each raise their own kinds
-        if local:
-            raise UserError(f"clip_model: {name} could not be loaded: {why(error, hub=True)}") from error
-        raise MetricUnavailable(f"no weights for {label}: {why(error, hub)}") from error
+    what = f"clip_model: {name} could not be loaded" if local else f"no weights for {label}"
+    with loading(what, local, MetricUnavailable):
+        architecture = open_clip.get_model_config(name)
+        refuse_code(f"clip_model: {name}", architecture)
+        model, transform = open_clip.create_model_from_pretrained(name, pretrained, "fp32", device)
+        tokenizer = open_clip.get_tokenizer(name)
     return Clip(label, model.eval(), transform, tokenizer, torch.device(device), architecture)
 
 
@@ -128,9 +126,9 @@ class ImageTower:
         return self.clip.model.encode_image(pixels, normalize=True)[:, None]
 
 
-def clip_scores(photos: Tensor, captions: Tensor) -> Tensor:
-    """CLIPScore (N,), from 0 to 2.5, of the unit vectors (N, D) of N photos and their captions."""
-    return WEIGHT * (photos * captions).sum(dim=1).clamp(min=0)
+def clip_scores(photos: Tensor, captions: Tensor, scale: float = WEIGHT) -> Tensor:
+    """CLIPScore (N,), from 0 to `scale`, of the unit vectors (N, D) of N photos and their captions."""
+    return scale * (photos * captions).sum(dim=1).clamp(min=0)
 
 
 def ref_clip_scores(scores: Tensor, captions: Tensor, references: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
@@ -70,9 +71,8 @@ def check_decoding(key: str, decoding: Decoding) -> list[str]:
     problems = []
     if decoding.do_sample and decoding.num_beams > 1:
         problems.append(f"{key}.num_beams: expected 1 with do_sample, got {decoding.num_beams}")
-    if not decoding.min_new_tokens < decoding.max_new_tokens:
-        expected = f"less than max_new_tokens {decoding.max_new_tokens}"
-        problems.append(f"{key}.min_new_tokens: expected {expected}, got {decoding.min_new_tokens}")
+    if decoding.min_new_tokens >= decoding.max_new_tokens:
+        problems.append(f"{key}.min_new_tokens: expected less than max_new_tokens, got {decoding.min_new_tokens}")
     if decoding.length_penalty != 1 and decoding.num_beams == 1:
         problems.append(f"{key}.length_penalty: only beams use it; expected {key}.num_beams with it")
     if decoding.top_p == 0:
@@ -107,30 +107,24 @@ class GumbelNoise(LogitsProcessor):
         return scores.float() - draws.log().to(scores.device)
 
 
-def rules(decoding: Decoding, prompt: Tensor, eos: int | list[int]) -> list[LogitsProcessor]:
-    """The processors against repetition and short captions after `prompt` (B, L), in transformers' own order."""
-    chosen: list[LogitsProcessor] = []
-    if decoding.repetition_penalty != 1.0:
-        chosen.append(generation.RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
-    if size := decoding.no_repeat_ngram_size:
-        chosen.append(generation.NoRepeatNGramLogitsProcessor(size))
-    if shortest := decoding.min_new_tokens:
-        chosen.append(generation.MinNewTokensLengthLogitsProcessor(prompt.shape[1], shortest, eos, prompt.device))
-    return chosen
+def processors(decoding: Decoding, seeds: Sequence[int], prompt: Tensor, eos: int | list[int]) -> LogitsProcessorList:
+    """What `decoding` does to the logits of the words after `prompt` (B, L), in transformers' own order.
 
-
-def samplers(decoding: Decoding, seeds: Sequence[int]) -> LogitsProcessorList:
-    """The processors that turn greedy generation into sampling as `decoding` says; none where it does not sample."""
-    if not decoding.do_sample:
-        return LogitsProcessorList()
-    chosen: list[LogitsProcessor] = []
-    if decoding.temperature != 1.0:
-        chosen.append(generation.TemperatureLogitsWarper(float(decoding.temperature)))
-    if decoding.top_k:
-        chosen.append(generation.TopKLogitsWarper(int(decoding.top_k)))
-    if decoding.top_p < 1.0:
-        chosen.append(generation.TopPLogitsWarper(float(decoding.top_p)))
-    return LogitsProcessorList([*chosen, GumbelNoise(seeds)])
+    First the rules against repetition and short captions; then, where it samples, what turns greedy generation into
+    sampling.
+    """
+    longer = partial(generation.MinNewTokensLengthLogitsProcessor, prompt.shape[1], eos_token_id=eos)
+    draws = decoding.do_sample
+    steps = (
+        (decoding.repetition_penalty != 1, generation.RepetitionPenaltyLogitsProcessor, decoding.repetition_penalty),
+        (decoding.no_repeat_ngram_size > 0, generation.NoRepeatNGramLogitsProcessor, decoding.no_repeat_ngram_size),
+        (decoding.min_new_tokens > 0, partial(longer, device=prompt.device), decoding.min_new_tokens),
+        (draws and decoding.temperature != 1, generation.TemperatureLogitsWarper, decoding.temperature),
+        (draws and decoding.top_k > 0, generation.TopKLogitsWarper, decoding.top_k),
+        (draws and decoding.top_p < 1, generation.TopPLogitsWarper, decoding.top_p),
+        (draws, GumbelNoise, seeds),
+    )
+    return LogitsProcessorList(step(setting) for wanted, step, setting in steps if wanted)
 
 
 class Interleaved(LogitsProcessor):
@@ -265,16 +259,13 @@ def generate_all(
     for number, names in enumerate(groups.values(), start=1):
         count, first = len(names), decodings[names[0]]
         parts = caches if number == len(groups) else copy.deepcopy(caches)
-        processors = [
-            LogitsProcessorList(rules(decodings[name], ids[:, hidden:], eos) + samplers(decodings[name], seeds[name]))
-            for name in names
-        ]
+        steps = [processors(decodings[name], seeds[name], ids[:, hidden:], eos) for name in names]
         with attend_with(language_model, "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
             out = model.generate(
                 input_ids=ids.repeat_interleave(count, dim=0),
                 attention_mask=mask.repeat_interleave(count, dim=0),
                 generation_config=generation_config(first, eos, pad),
-                logits_processor=LogitsProcessorList([Interleaved(processors, hidden)]),
+                logits_processor=LogitsProcessorList([Interleaved(steps, hidden)]),
                 **{CACHE: fixed_cache(parts, count * first.num_beams, first.max_new_tokens)},
             )
         new = until_eos(out[:, ids.shape[1] :], eos)  # by position: words of a prompt may come back in a caption

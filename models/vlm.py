@@ -17,7 +17,7 @@ from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
 from models.decoding import CACHE, Decoding, choose_candidates, generate_all, prefill, with_candidates
 from models.encoder import PatchGrid, PhotoTransform
-from models.hub import hub_or_cache, means_folder, quiet, why
+from models.hub import load_whole, loading, means_folder
 
 # What LLaVA-1.5 was asked for captions in training (Liu et al. 2023).
 PROMPT = "Provide a one-sentence caption for the provided image."
@@ -165,21 +165,13 @@ def load_vlm(
     """Load a hub id or a local folder onto `device`. Raises UserError where it cannot be loaded."""
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-    options = {}
+    options = {"dtype": dtype, "device_map": {"": device}}  # straight there: 7B need not pass through the CPU's memory
     if quantize != "none":
         bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype} if quantize == "4bit" else {"load_in_8bit": True}
         options["quantization_config"] = BitsAndBytesConfig(**bits)
-    local = Path(model).is_dir()
-    hub = True
-    try:
-        with quiet() if local else hub_or_cache() as hub:
-            processor = AutoProcessor.from_pretrained(model)
-            # straight onto the device: 7B in 16 bits need not pass through the CPU's memory as a whole
-            lm = AutoModelForImageTextToText.from_pretrained(
-                model, dtype=dtype, attn_implementation="sdpa", device_map={"": device}, **options
-            )
-    except Exception as error:  # hub clients raise all sorts; the user needs one line
-        raise UserError(f"model: could not load {model}: {why(error, hub or local)}") from error
+    with loading(f"model: could not load {model}", Path(model).is_dir()):
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+        lm = load_whole(f"model: {model}", AutoModelForImageTextToText, model, **options)
     if getattr(processor, "chat_template", None) is None:
         raise UserError(f"model: the processor of {model} has no chat template to put the prompt into")
     return VisionLanguageModel(lm, processor, prompt)

@@ -289,14 +289,18 @@ def test_course_form_of_another_model(course_folder, small_gpt2, change, named):
     torch.save(
         {name: tensor for name, tensor in changed.items() if tensor is not None}, course_folder / "decoder_model.bin"
     )
-    with pytest.raises(UserError, match=f"decoder_model.bin: expected GPT-2 small's state dict: .*{named}"):
+    with pytest.raises(UserError, match=f"decoder_model.bin: .*{named}"):
         load_decoder(DecoderConfig(str(course_folder)))
 
 
 def test_course_form_with_other_files(course_folder, small_gpt2):
     config = DecoderConfig(str(course_folder))
     (course_folder / "decoder_model.bin").write_text("no state dict")
-    with pytest.raises(UserError, match="decoder_model.bin: expected a state dict"):
+    with pytest.raises(UserError, match="decoder_model.bin: expected GPT-2 small's state dict"):
+        load_decoder(config)
+    torch.save(small_gpt2, course_folder / "decoder_model.bin")
+    (course_folder / "encoder.json").write_text("{}")
+    with pytest.raises(UserError, match="encoder.json and vocab.bpe: expected GPT-2's tokenizer"):
         load_decoder(config)
     (course_folder / "vocab.bpe").unlink()
     assert check_decoder(config) == [f"decoder.model: {course_folder} holds decoder_model.bin but not vocab.bpe"]
@@ -428,7 +432,7 @@ def test_candidates_keep_the_rules(make_captioner, features):
 
 
 @pytest.mark.parametrize("settings, said", [
-    ({"min_new_tokens": 50}, "x.min_new_tokens: expected less than max_new_tokens 50, got 50"),
+    ({"min_new_tokens": 50}, "x.min_new_tokens: expected less than max_new_tokens, got 50"),
     ({"length_penalty": 2.0}, "x.length_penalty: only beams use it; expected x.num_beams with it"),
 ])  # fmt: skip
 def test_decodings_that_cannot_be(settings, said):
