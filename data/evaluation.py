@@ -1,7 +1,6 @@
 """What evaluate.py scores: captions of one or more runs, matched with the photos and their references."""
 
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +10,6 @@ from common.config import UserError, check
 from data.annotations import find_data, read_annotations
 from data.photos import Photo, first_of
 from data.predictions import meta_path, read_predictions, wrong_in_form
-
-LONG = 2  # times the longest reference; CIDEr and BLEU say little about a longer caption
 
 MissingPolicy = Literal["error", "skip", "zero"]
 
@@ -116,16 +113,16 @@ def match(
 
 def _notices(run: Run, longest: dict[str, int], undecoded: list[str], absent: list[str], done: str) -> list[str]:
     broken = [stem for stem, caption in run.captions.items() if len(caption.splitlines()) > 1]
-    long = [stem for stem, text in run.captions.items() if len(text.split()) > LONG * longest.get(stem, math.inf)]
-    kinds = wrong_in_form(run.captions, run.cut) | {"paragraphs, for which CIDEr and BLEU are not made": long}
+    # CIDEr and BLEU say little about a caption of more than twice the words of any reference
+    long = [stem for stem, text in run.captions.items() if len(text.split()) > 2 * longest.get(stem, float("inf"))]
+    kinds = wrong_in_form(run.captions, run.cut) | {
+        "too long for CIDEr and BLEU, which are not made for paragraphs": long
+    }
     notices = [
         (undecoded, f"{run.path}: the run could not decode {first_of(undecoded)}: left out for all runs"),
         (absent, f"{run.path} has no caption for {first_of(absent)}: {done}"),
         (broken, f"{run.path}: line breaks in the caption of {first_of(broken)}, read as spaces"),
     ]
-    shares = [
-        f"{run.path}: {len(stems) / len(run.captions):.1%} of the captions are {kind}: {first_of(stems)}"
-        for kind, stems in kinds.items()
-        if stems
-    ]
+    n = len(run.captions)
+    shares = [f"{run.path}: captions {kind}: {len(of) / n:.1%}, {first_of(of)}" for kind, of in kinds.items() if of]
     return [text for stems, text in notices if stems] + shares

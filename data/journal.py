@@ -44,8 +44,7 @@ class Journal:
         try:
             before, *photos = self.file.rows() or [self.settings]
             for stem, found in photos:
-                both = ((name, *found[name]) for name in before)
-                self.captions[stem] = {name: ("" + text, bool(cut)) for name, text, cut in both}
+                self.captions[stem] = {name: ("" + found[name][0], bool(found[name][1])) for name in before}
             changed = _changed(before, self.settings)
         except (UserError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"output: {self.file.path} is no journal of captions; --overwrite begins anew") from None
@@ -87,7 +86,7 @@ class Journal:
         stems = [photo.stem for photo in photos if photo.stem in self.captions]
         for name, path in self.outputs.items():
             captions = {stem: self.captions[stem][name][0] for stem in stems}
-            form = wrong_in_form(captions, cut={stem for stem in stems if self.captions[stem][name][1]})
+            form = wrong_in_form(captions, cut=frozenset(stem for stem in stems if self.captions[stem][name][1]))
             write_predictions(path, captions, self.settings[name] | meta | {"form": form})
             wrong = ", ".join(f"{len(found)} {kind}" for kind, found in form.items() if found)
             print(f"{len(stems)} captions in {path}" + (f"; of these, wrong in form: {wrong}" if wrong else ""))

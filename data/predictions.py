@@ -1,7 +1,6 @@
 """Predictions: one JSON object {photo stem: caption}, and beside it NAME.meta.json, which says how they were made."""
 
 from collections import Counter
-from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,12 @@ def read_predictions(path: Path) -> dict[str, str]:
     return captions
 
 
-def wrong_in_form(captions: dict[str, str], cut: Container[str] = ()) -> dict[str, list[str]]:
+def wrong_in_form(captions: dict[str, str], cut: frozenset[str] = frozenset()) -> dict[str, list[str]]:
     """Stems of the captions {stem: caption} that are empty, in `cut` (at the last allowed token), or repeat themselves.
 
     A caption repeats itself where the same four words stand in it three times or more, whatever their case.
 
-    >>> wrong_in_form({"a": " ", "b": "A dog and a dog and a dog and a dog", "c": "a dog on"}, cut={"c"})
+    >>> wrong_in_form({"a": " ", "b": "A dog and a dog and a dog and a dog", "c": "a dog on"}, frozenset("c"))
     {'empty': ['a'], 'cut': ['c'], 'repeating': ['b']}
     """
     words = {stem: caption.lower().split() for stem, caption in captions.items()}

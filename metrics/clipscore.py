@@ -55,8 +55,7 @@ def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", devi
 
     tag = open_clip.get_pretrained_cfg(name, pretrained)  # none of a file, and of what brings its own weights
     # open_clip only warns here; it would then run the right weights with the wrong activation
-    quick = bool(tag) and open_clip.get_model_config(name).get("quick_gelu", False)
-    if tag and tag.get("quick_gelu", False) != quick:
+    if tag and tag.get("quick_gelu", False) != (quick := open_clip.get_model_config(name).get("quick_gelu", False)):
         right = name.removesuffix("-quickgelu") if quick else name + "-quickgelu"
         raise UserError(f"clip_model: {pretrained!r} was trained with another activation than {name}; expected {right}")
     label = name if name.startswith(("local-dir:", "hf-hub:")) else f"{name}/{pretrained}"

@@ -45,10 +45,7 @@ def check_decoder(config: DecoderConfig) -> list[str]:
     folder = Path(config.model)
     if config.model.startswith(packaged.PREFIX):
         packaged.decoder_file(config.model)
-    elif (folder / COURSE_FILES[0]).exists():
-        missing = [name for name in COURSE_FILES if not (folder / name).is_file()]
-        return [f"decoder.model: {folder} holds {COURSE_FILES[0]} but not {', '.join(missing)}"] if missing else []
-    elif means_folder(config.model) and not (folder / "config.json").is_file():
+    elif means_folder(config.model) and not any((folder / name).is_file() for name in ("config.json", COURSE_FILES[0])):
         return [f"decoder.model: {folder}: no such model folder (neither config.json nor {COURSE_FILES[0]} in it)"]
     return []
 
@@ -112,14 +109,14 @@ def _load_course_form(folder: Path, load_weights: bool) -> tuple[nn.Module, obje
     if not load_weights:
         with torch.device("meta"):
             return GPT2LMHeadModel(shape), None
-    with loading(f"{weights}: expected GPT-2 small's state dict", local=True):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        state.pop("lm_head.weight", None)  # tied to the words
-        lm = load_whole(str(weights), GPT2LMHeadModel, None, config=shape, state_dict=state)
     with loading(f"{vocab} and {merges.name}: expected GPT-2's tokenizer", local=True):
         tokenizer = GPT2Tokenizer(vocab=str(vocab), merges=str(merges))
         if tokenizer.decode(tokenizer("a").input_ids) != "a":
             raise ValueError("no token for the letter a")
+    with loading(f"{weights}: expected GPT-2 small's state dict", local=True):
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state.pop("lm_head.weight", None)  # tied to the words
+        lm = load_whole(str(weights), GPT2LMHeadModel, None, config=shape, state_dict=state)
     return lm.eval(), tokenizer
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +28,9 @@ def loading(what: str, local: bool, unavailable: type[Exception] = UserError) ->
         except Exception:  # the kinds of its errors differ between its releases; all of them mean no answer
             constants.HF_HUB_OFFLINE = True
     logging.disable(logging.ERROR)
+    sys.stdin = None
     try:
-        with open(os.devnull) as sys.stdin:
-            yield
+        yield
     except UserError:
         raise
     except Exception as error:  # hub clients and loaders raise all sorts; the user needs one line
@@ -54,10 +53,9 @@ def load_whole(what: str, kind: type, where: str, **options: Any):
     options |= {"attn_implementation": "sdpa", "trust_remote_code": False}
     model, report = kind.from_pretrained(where, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     for problem in ("missing", "unexpected", "mismatched"):
-        names = sorted(map(str, report[f"{problem}_keys"]))
-        names = [name for name in names if problem != "unexpected" or not name.startswith(("classifier.", "score."))]
-        if names:
-            raise UserError(f"{what}: its weights do not fit: {len(names)} {problem}, such as {names[0]}")
+        names, spare = map(str, report[f"{problem}_keys"]), ("classifier.", "score.") if problem == "unexpected" else ()
+        if names := [name for name in names if not name.startswith(spare)]:
+            raise UserError(f"{what}: its weights do not fit: {len(names)} {problem}, such as {min(names)}")
     return model
 
 

@@ -378,8 +378,8 @@ def test_runs_are_compared_photo_by_photo(scene, capsys):
     assert f"  worse     {second['corpus']['cider']:.4f} [" in out and f"p {pair['p']:.4f}" in out
     assert out.splitlines()[-1] == f"CIDEr: {fixed_point(first['corpus']['cider'])} | CLIPScore: n/a"
     assert "line breaks in the caption of 1 photo (river), read as spaces" in err
-    assert "worse.json: 33.3% of the captions are repeating: 1 photo (river)" in err
-    assert "worse.json: 33.3% of the captions are paragraphs, for which CIDEr and BLEU are not made: 1 photo" in err
+    assert "worse.json: captions repeating: 33.3%, 1 photo (river)" in err
+    assert "worse.json: captions too long for CIDEr and BLEU, which are not made for paragraphs: 33.3%, 1 photo" in err
 
 
 def test_captions_that_are_wrong_in_form_are_counted(scene, capsys):
@@ -389,8 +389,8 @@ def test_captions_that_are_wrong_in_form_are_counted(scene, capsys):
     (scene / "captions.meta.json").write_text(json.dumps({"skipped": {}, "form": {"cut": ["chess", "truck"]}}))
     scored(scene, "captions")
     empty, cut = capsys.readouterr().err.splitlines()
-    assert empty.endswith("captions.json: 33.3% of the captions are empty: 1 photo (river)")
-    assert cut.endswith("captions.json: 66.7% of the captions are cut: 2 photos (truck, chess)")
+    assert empty.endswith("captions.json: captions empty: 33.3%, 1 photo (river)")
+    assert cut.endswith("captions.json: captions cut: 66.7%, 2 photos (truck, chess)")
     for meta in ("[]", "{}", '{"skipped": [], "form": []}'):  # of other programs
         (scene / "captions.meta.json").write_text(meta)
         scored(scene, "captions")

@@ -21,7 +21,7 @@ from common.files import kept_folder
 from models import packaged
 from models.captioner import build_captioner
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner, save_captioner
-from models.decoder import DecoderConfig, attend_with, causal_lm, check_decoder, first_token, fuse_lora, load_decoder
+from models.decoder import DecoderConfig, attend_with, causal_lm, first_token, fuse_lora, load_decoder
 from models.decoding import CACHE, Decoding, check_decoding, fixed_cache, prefill, until_eos
 from models.encoder import EncoderConfig, PhotoTransform, build_encoder
 from models.packing import ChunkedCrossEntropy, pack_rows
@@ -303,7 +303,8 @@ def test_course_form_with_other_files(course_folder, small_gpt2):
     with pytest.raises(UserError, match="encoder.json and vocab.bpe: expected GPT-2's tokenizer"):
         load_decoder(config)
     (course_folder / "vocab.bpe").unlink()
-    assert check_decoder(config) == [f"decoder.model: {course_folder} holds decoder_model.bin but not vocab.bpe"]
+    with pytest.raises(UserError, match="encoder.json and vocab.bpe: expected GPT-2's tokenizer"):
+        load_decoder(config)
 
 
 def test_real_gpt2_tokenizer_files(real_data, tmp_path, small_gpt2):
@@ -655,7 +656,7 @@ def test_encoders_that_are_not_to_be_had(config, message):
         build_encoder(config, load_weights=False)
 
 
-@pytest.mark.parametrize("name", ["lite0", "lite2"])
+@pytest.mark.parametrize("name", ["lite2"])
 def test_packaged_efficientnet_knows_imagenet(real_data, name):
     """On real photos the weights inside the pip package name what the captions name."""
     import timm
