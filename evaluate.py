@@ -224,8 +224,7 @@ def main(cfg: Config) -> None:
         except MetricUnavailable as reason:
             failures.append(f"CLIPScore: {reason}")
     shared = inputs.references, cfg.idf, cfg.clip_scale, instances
-    captioned = [Captioned(run.captions, *shared, vectors.get(run.name)) for run in inputs.runs]
-    scores, more = score_runs(captioned, cfg)
+    scores, more = score_runs([Captioned(run.captions, *shared, vectors.get(run.name)) for run in inputs.runs], cfg)
     failures += more
 
     stems = [photo.stem for photo in inputs.photos]

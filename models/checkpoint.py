@@ -23,7 +23,7 @@ from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.consensus import Frequencies
 from models.decoder import check_decoder, merge_lora
 from models.encoder import check_encoder
-from models.hub import fetch
+from models.hub import fetch, load_whole
 
 FREQUENCIES = "document_frequencies.json"
 PROJECTOR, LORA, CONFIG = "projector.safetensors", "decoder_lora", "captioner.json"
@@ -145,8 +145,12 @@ class MergeConfig:
 def main(cfg: MergeConfig) -> None:
     check(folder_problems(cfg.merge, False, "give another name"))
     captioner = load_captioner(cfg.checkpoint)
+    lm = merge_lora(captioner.decoder)
+    # weights of a GGUF file are plain by now, but transformers saves no model that says it is quantized
+    shape = {name: value for name, value in lm.config.to_dict().items() if name != "quantization_config"}
+    plain = {"config": type(lm.config).from_dict(shape), "state_dict": lm.state_dict()}
     with folder_written_whole(cfg.merge) as part:
-        merge_lora(captioner.decoder).save_pretrained(part / "decoder")
+        load_whole("checkpoint", type(lm), None, **plain).save_pretrained(part / "decoder")
         captioner.tokenizer.save_pretrained(part / "decoder")
         save_file(captioner.projector.state_dict(), part / PROJECTOR)
         write_json(part / CONFIG, asdict(captioner.config))

@@ -71,8 +71,6 @@ def check_decoding(key: str, decoding: Decoding) -> list[str]:
     problems = []
     if decoding.do_sample and decoding.num_beams > 1:
         problems.append(f"{key}.num_beams: expected 1 with do_sample, got {decoding.num_beams}")
-    if decoding.min_new_tokens >= decoding.max_new_tokens:
-        problems.append(f"{key}.min_new_tokens: expected less than max_new_tokens, got {decoding.min_new_tokens}")
     if decoding.length_penalty != 1 and decoding.num_beams == 1:
         problems.append(f"{key}.length_penalty: only beams use it; expected {key}.num_beams with it")
     if decoding.top_p == 0:

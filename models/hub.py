@@ -45,7 +45,7 @@ def loading(what: str, local: bool, unavailable: type[Exception] = UserError) ->
         sys.stdin, constants.HF_HUB_OFFLINE = stdin, offline
 
 
-def load_whole(what: str, kind: type, where: str, **options: Any):
+def load_whole(what: str, kind: type, where: str | None, **options: Any):
     """A model of transformers, `kind.from_pretrained(where)`, in sdpa attention; no code beside its weights is run.
 
     Raises UserError, which begins with `what`, where a tensor is missing, left over (but a classifier's) or misshapen.

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import p2_inference
 import p3_visualize
 from common.config import UserError
+from data.photos import Photo, load_photo
 from data.predictions import read_predictions
 from metrics.clipscore import load_clip
 from models.captioner import Captioner
@@ -186,3 +187,18 @@ def test_a_merged_captioner_is_a_plain_model_that_captions_alike(run, tmp_path, 
     assert caption(plain, features, decoding) == captions and len(set(captions)) > 2
     with pytest.raises(UserError, match="output: .*merged exists"):
         merge(MergeConfig(run, tmp_path / "merged"))
+
+
+def test_the_shipped_captioner_merges_too(tmp_path):
+    """Its decoder comes from a GGUF file, which transformers by itself does not save again."""
+    from transformers import AutoModelForCausalLM
+
+    from demo.__main__ import PHOTO
+    from models.checkpoint import load_captioner
+
+    merge(MergeConfig(Path("checkpoints/flickr8k"), tmp_path / "merged"))
+    tuned, photo = load_captioner(Path("checkpoints/flickr8k")), [load_photo(Photo("photo", PHOTO))]
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "merged/decoder", dtype=torch.float32)
+    plain = Captioner(tuned.encoder, tuned.projector, lm.eval(), tuned.tokenizer, tuned.config)
+    captions = [one.generate(photo, {"own": Decoding(20)}, {"own": ()}) for one in (plain, tuned)]
+    assert captions[0] == captions[1] and len(captions[0]["own"][0]) > 4
