@@ -3,6 +3,7 @@
     python evaluate.py --predictions captions.json --annotations val.json --images photos/
     python evaluate.py --predictions captions.json --annotations val.json --metrics cider bleu rouge
     python evaluate.py --predictions best.json moderate.json diverse.json --data ROOT --page scores.html
+    python evaluate.py --predictions captions.json --annotations val.json --metrics chair --instances instances_val.json
 
 The second command needs no photo and no model: it takes seconds on a CPU. The third compares each run with the first,
 photo by photo. `--pred_file`, `--images_root` and `--annotation_file` are other names of `--predictions`, `--images`
@@ -17,21 +18,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from common.config import CommonSettings, NothingDone, UserError, run as run_script
+from common.config import CommonSettings, NothingDone, UserError, check, plain, run as run_script
 from common.device import pick_device
 from common.files import check_output, read_text, write_json
 from data.evaluation import Inputs, MissingPolicy, match, read_references, read_runs
+from data.instances import read_instances
 from data.photos import first_of
 from metrics import MetricUnavailable
 from metrics.cider import find_java
-from metrics.clipscore import Clip, ClipVectors, ImageTower, encode_captions, load_clip, tokenize
+from metrics.clipscore import WEIGHT, Clip, ClipVectors, ImageTower, encode_captions, load_clip, tokenize
 from metrics.statistics import Score, interval, paired
-from metrics.table import LABELS, METRICS, Captioned
+from metrics.table import LABELS, MEANINGS, METRICS, Captioned
 from models.features import encode_files
 from pages.scores import write_scores_page
 
+__doc__ += "\nScores:\n" + "\n".join(f"    {LABELS[name]}: {meaning}" for name, meaning in MEANINGS.items())
 ALIASES = {"pred_file": "predictions", "images_root": "images", "annotation_file": "annotations"}
 CLIP_METRICS = {"clipscore", "refclipscore"}
 Scores = dict[str, Score]  # by metric
@@ -50,7 +53,9 @@ class Config(CommonSettings):
     images: Path | None = None
     """Folder of the photos; only CLIPScore reads them, and finds them itself where they lie beside the annotations."""
     metrics: list[Literal[tuple(METRICS)]] = field(default_factory=lambda: ["cider", "clipscore"])
-    """What to score; cider is CIDEr-D on PTB tokens, clipscore 2.5 * max(cos, 0) without references."""
+    """What to score; what each score means stands at the top of this help."""
+    instances: Path | None = None
+    """COCO instances: the objects in each photo, for chair."""
     idf: Literal["subset", "full"] = "subset"
     """Where CIDEr counts how rare an n-gram is: in references of the scored photos (the official way), or in all."""
     missing: MissingPolicy = "error"
@@ -60,9 +65,11 @@ class Config(CommonSettings):
     clip_model: str = "ViT-B-32-quickgelu"
     """A model name of open_clip, local-dir:FOLDER or hf-hub:REPO."""
     clip_pretrained: str = "openai"
-    """open_clip's tag of the weights, or a weights file; not read with local-dir: and hf-hub:."""
+    """open_clip's tag of the weights, or a weights file (PAC-S's, say); not read with local-dir: and hf-hub:."""
     clip_prefix: str = ""
     """Put before captions and references for CLIP; "A photo depicts " in the paper's own code."""
+    clip_scale: PositiveFloat = WEIGHT
+    """What the cosine is multiplied by: 2.5 in CLIPScore, 2 in PAC-S."""
     features: Path = Path("runs/features")
     """Folder in which the photos' CLIP vectors are kept, so that the next run of captions reads no photo."""
     batch_size: PositiveInt = 32
@@ -83,7 +90,9 @@ def check_settings(cfg: Config) -> Path:
     """Check what can be checked before anything is scored, and return where the scores go. Raises UserError."""
     if not cfg.metrics:
         raise UserError("metrics: expected at least one, such as cider, got none")
-    if set(cfg.metrics) - CLIP_METRICS:
+    if "chair" in cfg.metrics and not cfg.instances:
+        raise UserError("instances: expected COCO's instances of the photos, which chair compares with")
+    if set(cfg.metrics) - CLIP_METRICS - {"chair"}:
         find_java()
     first = cfg.predictions[0]
     beside = first.name.removesuffix(".json") + ".scores.json" if len(cfg.predictions) == 1 else "scores.json"
@@ -130,11 +139,10 @@ def encode_with_clip(clip: Clip, inputs: Inputs, cfg: Config) -> dict[str, ClipV
     return found
 
 
-def score_runs(inputs: Inputs, vectors: dict[str, ClipVectors], cfg: Config) -> tuple[list[Scores], list[str]]:
+def score_runs(runs: list[Captioned], cfg: Config) -> tuple[list[Scores], list[str]]:
     """The scores of each run, and for each metric that cannot run one line that says why."""
-    if len(inputs.photos) == 1 and "cider" in cfg.metrics and cfg.idf == "subset":
+    if len(runs[0].captions) == 1 and "cider" in cfg.metrics and cfg.idf == "subset":
         notice("CIDEr of a single photo is always 0: n-grams that are in the references of all photos have no weight")
-    runs = [Captioned(run.captions, inputs.references, cfg.idf, vectors.get(run.name)) for run in inputs.runs]
     scores: list[Scores] = [{} for _ in runs]
     failures = []
     for name in [name for name in METRICS if name in cfg.metrics]:
@@ -155,6 +163,7 @@ def to_json(scores: Scores, stems: list[str], versions: dict[str, str], cfg: Con
         "idf": cfg.idf,
         "missing": cfg.missing,
         "versions": versions,
+        "settings": plain(cfg),
         "corpus": {"cider": None, "clipscore": None} | {name: score.corpus for name, score in scores.items()},
         "intervals": {name: interval(score, stems, cfg.seed) for name, score in scores.items() if score.has_interval},
         "photos": {stem: {name: of_photos.get(stem) for name, of_photos in columns.items()} for stem in stems},
@@ -179,7 +188,7 @@ def table(runs: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
     changes = {(change["run"], change["metric"]): change for change in differences}
     width = max(len(run["name"]) for run in runs)
     for metric in [name for name, score in runs[0]["corpus"].items() if score is not None]:
-        lines.append(f"\n{LABELS.get(metric, metric)}")
+        lines.append(f"\n{LABELS[metric]}")
         for run in runs:
             line = f"  {run['name']:{width}}  {run['corpus'][metric]:.4f}"
             if metric in run["intervals"]:
@@ -187,18 +196,6 @@ def table(runs: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
             if change := changes.get((run["name"], metric)):
                 line += "   {difference:+.4f} [{low:+.4f}, {high:+.4f}]  p {p:.4f}".format_map(change)
             lines.append(line)
-    return "\n".join(lines)
-
-
-def best_and_worst(scores: Scores, captions: dict[str, str]) -> str:
-    """The photos with the highest and the lowest score by each metric, a line each."""
-    lines = []
-    for metric, score in scores.items():
-        if len(set(score.photos.values())) > 1:
-            for which, choose in (("best", max), ("worst", min)):
-                stem = choose(score.photos, key=score.photos.get)
-                caption = " ".join(captions[stem].split())
-                lines.append(f"{which} by {LABELS.get(metric, metric)}: {stem} {score.photos[stem]:.4f} {caption}")
     return "\n".join(lines)
 
 
@@ -213,6 +210,9 @@ def main(cfg: Config) -> None:
     annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split)
     inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, with_clip)
     output = check_settings(cfg)
+    instances = read_instances(cfg.instances) if "chair" in cfg.metrics else None
+    unknown = [photo.stem for photo in inputs.photos if instances and photo.stem not in instances.objects]
+    check([f"instances: {cfg.instances} does not know {first_of(unknown)}"] if unknown else [])
     notice(*inputs.notices)
 
     versions, vectors, failures = {"pycocoevalcap": version("pycocoevalcap")}, {}, []
@@ -223,7 +223,8 @@ def main(cfg: Config) -> None:
             versions |= {"open_clip": version("open_clip_torch"), "clip": clip.name}
         except MetricUnavailable as reason:
             failures.append(f"CLIPScore: {reason}")
-    scores, more = score_runs(inputs, vectors, cfg)
+    shared = inputs.references, cfg.idf, cfg.clip_scale, instances
+    scores, more = score_runs([Captioned(run.captions, *shared, vectors.get(run.name)) for run in inputs.runs], cfg)
     failures += more
 
     stems = [photo.stem for photo in inputs.photos]
@@ -237,11 +238,9 @@ def main(cfg: Config) -> None:
     differences = compare(named, scores, stems, cfg.seed)
     write_json(output, runs[0] if len(runs) == 1 else {"runs": named, "paired": differences})
     print(table(named, differences))
-    if len(runs) == 1:
-        print(f"\n{best_and_worst(scores[0], inputs.runs[0].captions)}")
     print(f"\nscores of every photo: {output}")
     if cfg.page:
-        write_scores_page(cfg.page, inputs, runs, LABELS)
+        write_scores_page(cfg.page, inputs, runs)
         print(f"page: {cfg.page}")
     notice(*failures)
     print(means)

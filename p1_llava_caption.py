@@ -79,8 +79,7 @@ def main(cfg: Config) -> None:
     batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=journal.done)
     for batch in batches:
         seeds = {name: [photo_seed(cfg.seed, name, photo.stem) for photo in batch] for name in decodings}
-        captions = model.generate(batch, decodings, seeds)
-        journal.append(batch, {name: [model.text(ids) for ids in captions[name]] for name in decodings})
+        journal.append(batch, model.generate(batch, decodings, seeds), model.text)
     journal.finish(photos, batches.bad, {"device": str(device)})
 
 

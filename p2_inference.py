@@ -4,8 +4,9 @@
     python p2_inference.py --checkpoint runs/p2_r32 --images DATA/images/val --output val.json --decoding.num_beams 3
 
 Greedy by default. The output is one JSON object {photo's name without ending: caption}; what made it stands in
-captions.meta.json beside it. A photo that cannot be decoded is named, skipped and counted. A stopped run goes on
-where it was when the same command is given again.
+captions.meta.json beside it, with the captions that are empty, cut at max_new_tokens, or repeat themselves. A photo
+that cannot be decoded is named, skipped and counted. A stopped run goes on where it was when the same command is given
+again.
 """
 
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ class Config(CommonSettings):
     """Settings of a captioning run."""
 
     checkpoint: Path
-    """A run folder of p2_train.py (its best/ is taken), or a checkpoint folder in it."""
+    """A run folder of p2_train.py (its best/ is taken), a checkpoint folder in it, or USER/NAME of the model hub."""
     images: Path
     """Folder of photos, a photo, a text file with one path a line, or an annotation file."""
     output: Path
@@ -57,8 +58,7 @@ def main(cfg: Config) -> None:
     batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=journal.done)
     for batch in batches:
         seeds = {"caption": [photo_seed(cfg.seed, photo.stem) for photo in batch]}
-        captions = model.generate(batch, decodings, seeds)["caption"]
-        journal.append(batch, {"caption": [model.text(ids) for ids in captions]})
+        journal.append(batch, model.generate(batch, decodings, seeds), model.text)
     journal.finish(photos, batches.bad, {"captioner": asdict(model.config), "device": str(device)})
 
 

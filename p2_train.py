@@ -16,14 +16,16 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from tqdm import tqdm
 
-from common.config import CommonSettings, UserError, check, run, stop_signals
-from common.device import Precision, pick_device, torch_dtype
+from common.config import CommonSettings, UserError, check, flatten, run, stop_signals
+from common.device import Precision, memory_used, pick_device, torch_dtype
 from common.files import JsonLines, folder_problems
 from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
@@ -35,7 +37,7 @@ from models.checkpoint import find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
 from models.decoder import check_decoder
 from models.encoder import check_encoder
-from models.run_folder import begin_run, resumed_state
+from models.run_folder import begin_run, resumed_state, settings_of
 from models.splits import Split, prepare_split, weigh_by_agreement
 from pages.figures import plot_losses
 
@@ -92,6 +94,8 @@ class Config(CommonSettings, CaptionerConfig):
     """Cache of encoded photos, shared by all runs."""
     val_limit: PositiveInt | None = None
     """Only the first so many validation photos."""
+    tracker: Literal["tensorboard", "wandb"] | None = None
+    """Send what metrics.jsonl gets also to this tracker; TensorBoard's files go to the run folder."""
 
 
 # ------------------------------------------------------------------------------------------- before training
@@ -108,6 +112,8 @@ def check_settings(cfg: Config) -> None:
     if cfg.batch_size % cfg.captions_per_row:
         expected = f"a multiple of captions_per_row {cfg.captions_per_row}"
         problems.append(f"batch_size: expected {expected}, got {cfg.batch_size}")
+    if cfg.tracker and cfg.tracker not in map(str, get_available_trackers()):
+        problems.append(f"tracker: {cfg.tracker} is not installed; pip install {cfg.tracker}")
     if not cfg.dry_run:
         if (cfg.data is None) == (cfg.annotations is None) or (cfg.data and cfg.val_annotations):
             problems.append("data: expected either data or annotations, got " + ("both" if cfg.data else "neither"))
@@ -129,7 +135,7 @@ class Trainer:
         self.model = captioner  # as accelerate wraps it, once a stage has begun
         training.prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
         self.state = {"stage": next(iter(training.STAGES)), "epoch": 0, "step": 0, "best": math.inf, "logged": 0}
-        self.state["pending"] = []  # (loss, tokens) of the steps that are not yet logged
+        self.state |= {"steps": 0, "pending": []}  # of all stages; (loss, tokens) of those that are not yet logged
         self.stopped_by: list[int] = []  # the signal that asks to stop
         self.log = JsonLines(cfg.output / "metrics.jsonl")
 
@@ -189,19 +195,18 @@ class Trainer:
 
     def train_epoch(self, place: dict, steps: list, parts: dict) -> None:
         """Take the optimizer `steps` that are left of an epoch, behind a progress bar; `place` is for the log."""
-        state, done, captions, start = self.state, self.state["step"], 0, time.monotonic()
+        state, done, since = self.state, self.state["step"], time.monotonic()
         label, quiet = "{stage}, epoch {epoch}".format_map(place), not self.accelerator.is_main_process
         ahead = prefetch(steps[done:], self.inputs)
         bar = tqdm(ahead, label, initial=done, total=len(steps), mininterval=1, disable=quiet)
         self.captioner.train()
         for inputs, (batches, tokens) in zip(bar, steps[done:]):
             loss = self.take_step(inputs, batches, tokens, **parts)
-            captions += sum(len(row) for batch in batches for _, row in batch)
-            state["step"] += 1
+            state |= {"step": state["step"] + 1, "steps": state["steps"] + 1}
             state["pending"].append((loss, tokens))
             if state["step"] % 20 == 0 or state["step"] == len(steps):
-                rate = f"{captions / (time.monotonic() - start):.1f}"
-                bar.set_postfix(self.log_losses(place, steps, **parts), captions_a_second=rate)
+                bar.set_postfix(self.log_losses(place, steps, time.monotonic() - since, **parts))
+                since = time.monotonic()
             parts["schedule"].step()
             if self.stopped_by or state["step"] % self.cfg.save_steps == 0:
                 self.save_last(parts)
@@ -225,8 +230,8 @@ class Trainer:
         average.update()
         return total
 
-    def log_losses(self, place: dict, steps: list, schedule, **_) -> dict[str, str]:
-        """Log the mean loss of the pending steps, and return it and the learning rate for the bar.
+    def log_losses(self, place: dict, steps: list, seconds: float, schedule, **_) -> dict[str, float]:
+        """Log what the pending steps gave in so many seconds, and return it for the bar.
 
         Raises UserError where a loss is not a number. This is where a GPU has to wait, so it is not done at each step.
         """
@@ -238,13 +243,21 @@ class Trainer:
                 photos = sorted({self.train.photos[photo].stem for batch in steps[number][0] for photo, _ in batch})
                 where = f"step {number + 1} of {place['stage']}, epoch {place['epoch']}"
                 raise UserError(f"{where}: the loss is {loss}, photos {', '.join(photos)}; a lower lr may help")
-        mean, lr = sum(losses) / sum(tokens for _, tokens in pending), schedule.get_last_lr()[-1]  # of LoRA
+        tokens, lr = sum(tokens for _, tokens in pending), schedule.get_last_lr()[-1]  # of LoRA, where it trains
+        row = {"loss": round(sum(losses) / tokens, 5), "lr": lr, "tokens_a_second": round(tokens / seconds)}
+        row["memory_gb"] = round(memory_used(self.accelerator.device), 2)
         if self.accelerator.is_main_process:
-            self.log.append(place | {"step": step, "loss": round(mean, 5), "lr": lr})
+            self.record(place | {"step": step} | row)
         self.state["pending"] = []
-        return {"loss": f"{mean:.3f}", "lr": f"{lr:.1e}"}
+        return row
 
     # ----------------------------------------------------------------------------------- the end of an epoch
+
+    def record(self, row: dict) -> None:
+        """Write a row of metrics.jsonl, and hand its numbers to the tracker, if there is one."""
+        self.log.append(row)
+        values = {f"{row['stage']}/{name}": value for name, value in row.items() if name != "stage"}
+        self.accelerator.log(values, step=self.state["steps"])
 
     def measure(self, row: dict) -> None:
         """Measure on the validation photos; write the log (`row`), loss.png and, where this is the best, best/."""
@@ -254,7 +267,7 @@ class Trainer:
             row["val_loss"] = self.validation_loss()
         if not self.accelerator.is_main_process:
             return
-        self.log.append(row)
+        self.record(row)
         print("  ".join(f"{key} {round(value, 4) if key.startswith('val') else value}" for key, value in row.items()))
         plot_losses(self.log.rows(), cfg.output / "loss.png")
         # without validation photos the last epoch is the best that is known
@@ -301,7 +314,8 @@ def main(cfg: Config) -> None:
     if device.index is not None:
         torch.cuda.set_device(device)
     precision = "no" if cfg.precision == "float32" else cfg.precision
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    where = {"log_with": cfg.tracker, "project_dir": cfg.output}
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **where)
     torch.manual_seed(cfg.seed)
     captioner = build_captioner(model)
     captioner.encoder.to(accelerator.device)
@@ -321,7 +335,9 @@ def main(cfg: Config) -> None:
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()
+    accelerator.init_trackers("captioning", {name: str(value) for name, value in flatten(settings_of(cfg)).items()})
     trainer.run()
+    accelerator.end_training()
     accelerator.print(f"captioner: {find_checkpoint(cfg.output)}")
 
 

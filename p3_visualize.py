@@ -48,7 +48,7 @@ class Config(CommonSettings):
     output: Path
     """Folder to write."""
     checkpoint: Path | None = None
-    """A run folder of p2_train.py, or a checkpoint folder in it."""
+    """A run folder of p2_train.py, a checkpoint folder in it, or USER/NAME of the model hub."""
     model: str | None = None
     """Instead of a checkpoint: a vision-language model of transformers, hub id or local folder."""
     prompt: str = PROMPT

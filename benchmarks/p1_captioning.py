@@ -20,7 +20,7 @@ from common.config import run
 from common.device import pick_device
 from data.photos import LoadedPhoto, load_photo
 from demo.standins import build_llava, llava_processor, train_llava_tokenizer
-from models.decoding import PRESETS, generation_config, photo_seed, samplers, until_eos
+from models.decoding import PRESETS, generation_config, photo_seed, processors, until_eos
 from models.vlm import PROMPT, VisionLanguageModel
 
 BATCHES = {"cpu": {8: 24}, "cuda": {1: 4, 8: 24, 32: 64}}  # photos a batch: photos in all; plain takes the first
@@ -49,7 +49,7 @@ def plain(vlm: VisionLanguageModel, photos: list[LoadedPhoto], seeds: dict[str, 
         for photo, seed in zip(photos, seeds[name]):
             inputs = processor(images=photo.image, text=vlm.prompt, return_tensors="pt").to(model.device, model.dtype)
             inputs |= {"generation_config": generation_config(decoding, vlm.eos, vlm.tokenizer.pad_token_id)}
-            ids = model.generate(**inputs, logits_processor=samplers(decoding, [seed]))
+            ids = model.generate(**inputs, logits_processor=processors(decoding, [seed], inputs["input_ids"], vlm.eos))
             captions[name] += until_eos(ids[:, inputs["input_ids"].shape[1] :], vlm.eos)
     return captions
 

@@ -4,6 +4,7 @@ import hashlib
 import typing
 from importlib.metadata import version
 
+import psutil
 import torch
 
 from common.config import UserError
@@ -28,6 +29,12 @@ def pick_device(name: str):
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device: {name!r} is not available on this machine") from None
+
+
+def memory_used(device: torch.device) -> float:
+    """GB of memory: on CUDA the most that this process has held on the GPU, elsewhere what it holds now."""
+    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return held / 1e9
 
 
 def module_hash(about: str, module) -> str:

@@ -9,9 +9,7 @@ from typing import Literal
 from common.config import UserError, check
 from data.annotations import find_data, read_annotations
 from data.photos import Photo, first_of
-from data.predictions import meta_path, read_predictions
-
-LONG = 100  # words; a longer caption is most likely one that repeats itself
+from data.predictions import meta_path, read_predictions, wrong_in_form
 
 MissingPolicy = Literal["error", "skip", "zero"]
 
@@ -25,6 +23,8 @@ class Run:
     captions: dict[str, str]
     undecoded: frozenset[str] = frozenset()
     """Stems of the photos that the run could not decode, as the meta file of its predictions says."""
+    cut: frozenset[str] = frozenset()
+    """Stems of the captions that ended at the last allowed token, as the meta file says."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,16 @@ def read_runs(predictions: list[Path]) -> list[Run]:
     names = [path.name.removesuffix(".json") for path in predictions]
     if len(set(names)) < len(names):
         names = list(map(str, predictions))
-    return [Run(name, path, read_predictions(path), _undecoded(path)) for name, path in zip(names, predictions)]
+    return [Run(name, path, read_predictions(path), *_account(path)) for name, path in zip(names, predictions)]
 
 
-def _undecoded(predictions: Path) -> frozenset[str]:
+def _account(predictions: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """Stems of the photos that a run could not decode, and of its captions that were cut."""
     try:
         meta = json.loads(meta_path(predictions).read_text(encoding="utf-8"))
-        return frozenset(Path(name).stem for name in meta["skipped"])
-    except (OSError, ValueError, KeyError, TypeError):  # captions of other programs have no meta file
-        return frozenset()
+        return frozenset(Path(name).stem for name in meta["skipped"]), frozenset(meta.get("form", {}).get("cut", ()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # captions of other programs have no meta file
+        return frozenset(), frozenset()
 
 
 def read_references(
@@ -83,6 +84,8 @@ def match(
     """
     references = {photo.stem: list(photo.captions) for photo in annotated}
     photos = {photo.stem: photo for photo in annotated[:limit]}
+    longest = {stem: max(len(text.split()) for text in texts) for stem, texts in references.items()}
+    done = "left out for all runs" if missing == "skip" else "scored 0"
     problems, notices, left_out = [], [], set()
     if clip and any(photo.path is None for photo in photos.values()):
         problems.append("images: expected the folder of the photos, which CLIPScore reads; or give --metrics cider")
@@ -96,7 +99,7 @@ def match(
         if absent and missing == "error":
             hint = "caption them, give --missing skip or zero, or annotations (or --limit) of the captioned photos only"
             problems.append(f"predictions: {run.path} has no caption for {first_of(absent)} of {annotations}; {hint}")
-        notices += _notices(run, undecoded, absent, missing)
+        notices += _notices(run, longest, undecoded, absent, done)
     check(problems)
 
     scored = [stem for stem in dict.fromkeys([*runs[0].captions, *photos]) if stem in photos and stem not in left_out]
@@ -108,14 +111,18 @@ def match(
     return Inputs(runs, [photos[stem] for stem in scored], references, notices)
 
 
-def _notices(run: Run, undecoded: list[str], absent: list[str], missing: MissingPolicy) -> list[str]:
-    done = "left out for all runs" if missing == "skip" else "scored 0"
+def _notices(run: Run, longest: dict[str, int], undecoded: list[str], absent: list[str], done: str) -> list[str]:
     broken = [stem for stem, caption in run.captions.items() if len(caption.splitlines()) > 1]
-    long = [stem for stem, caption in run.captions.items() if len(caption.split()) > LONG]
+    # CIDEr and BLEU say little about a caption of more than twice the words of any reference
+    long = [stem for stem, text in run.captions.items() if len(text.split()) > 2 * longest.get(stem, float("inf"))]
+    kinds = wrong_in_form(run.captions, run.cut) | {
+        "too long for CIDEr and BLEU, which are not made for paragraphs": long
+    }
     notices = [
         (undecoded, f"{run.path}: the run could not decode {first_of(undecoded)}: left out for all runs"),
         (absent, f"{run.path} has no caption for {first_of(absent)}: {done}"),
         (broken, f"{run.path}: line breaks in the caption of {first_of(broken)}, read as spaces"),
-        (long, f"{run.path}: more than {LONG} words in the caption of {first_of(long)}; this changes BLEU much"),
     ]
-    return [text for stems, text in notices if stems]
+    n = len(run.captions)
+    shares = [f"{run.path}: captions {kind}: {len(of) / n:.1%}, {first_of(of)}" for kind, of in kinds.items() if of]
+    return [text for stems, text in notices if stems] + shares

@@ -1,25 +1,26 @@
 """Captioning that survives a kill: every finished photo goes to a journal, the outputs are written when all are done.
 
 `NAME.journal.jsonl` beside the output `NAME.json` holds the run's settings in its first line, then for each photo a
-line [stem, {name of the decoding: caption}]. It is deleted when the outputs have been written.
+line [stem, {name of the decoding: [caption, whether it was cut]}]. It is deleted when the outputs have been written.
 """
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.config import UserError, flatten
 from common.files import JsonLines, check_output
 from data.photos import BadPhoto, LoadedPhoto, Photo
-from data.predictions import write_predictions
+from data.predictions import write_predictions, wrong_in_form
 
 
 class Journal:
     """The captions of one run so far, by one decoding or several.
 
-    `settings` {name of the decoding: what its captions are made with} go into the meta files. The predictions of a
+    `settings` {name of the decoding: what its captions are made with} go into the meta files; `decoding` in them is a
+    `models.decoding.Decoding` as a dictionary. The predictions of a
     single decoding go to `output`, of several to NAME.DECODING.json each. Raises UserError where an output exists, or
     where the run was begun with other settings.
     """
@@ -30,8 +31,8 @@ class Journal:
         several = len(settings) > 1
         self.outputs = {name: output.with_name(f"{stem}.{name}.json") if several else output for name in settings}
         self.file = JsonLines(output.with_name(f"{stem}.journal.jsonl"))
-        self.captions: dict[str, dict[str, str]] = {}
-        """{stem: {name of the decoding: caption}}"""
+        self.captions: dict[str, dict[str, tuple[str, bool]]] = {}
+        """{stem: {name of the decoding: (caption, whether it ended at the last allowed token)}}"""
         check_output(self.file.path, overwrite=True)
         if overwrite:
             self.file.path.unlink(missing_ok=True)
@@ -42,7 +43,8 @@ class Journal:
     def _read(self) -> None:
         try:
             before, *photos = self.file.rows() or [self.settings]
-            self.captions = {stem: {name: "" + captions[name] for name in before} for stem, captions in photos}
+            for stem, found in photos:
+                self.captions[stem] = {name: ("" + found[name][0], bool(found[name][1])) for name in before}
             changed = _changed(before, self.settings)
         except (UserError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"output: {self.file.path} is no journal of captions; --overwrite begins anew") from None
@@ -58,26 +60,36 @@ class Journal:
         """Those of `photos` that have no captions yet."""
         return [photo for photo in photos if photo.stem not in self.captions]
 
-    def append(self, batch: Sequence[LoadedPhoto], captions: dict[str, list[str]]) -> None:
-        """Keep the captions of a batch: for each decoding a list, a caption a photo."""
+    def append(
+        self, batch: Sequence[LoadedPhoto], captions: dict[str, list[list[int]]], text: Callable[[list[int]], str]
+    ) -> None:
+        """Keep the captions of a batch, for each decoding a list with the token ids of a caption a photo.
+
+        `text` turns token ids into a caption. One of as many tokens as its decoding allows was cut.
+        """
         if not self.captions and not self.file.rows():
             self.file.append(self.settings)
+        limits = {name: one["decoding"]["max_new_tokens"] for name, one in self.settings.items()}
         for i, loaded in enumerate(batch):
-            self.captions[loaded.stem] = {name: captions[name][i] for name in self.settings}
+            ids = {name: captions[name][i] for name in limits}
+            self.captions[loaded.stem] = {name: (text(ids[name]), len(ids[name]) == limits[name]) for name in limits}
             self.file.append([loaded.stem, self.captions[loaded.stem]])
 
     def finish(self, photos: Sequence[Photo], bad: Sequence[BadPhoto], meta: dict[str, Any]) -> None:
         """Write the outputs in the order of `photos`, and delete the journal.
 
-        The meta files get the settings, `meta`, the seconds since the journal was made, and the `bad` photos with
-        their reasons.
+        The meta files get the settings, `meta`, the seconds since the journal was made, the `bad` photos with their
+        reasons, and the captions that are wrong in form.
         """
         skipped = {error.path.name: error.reason for error in bad}
         meta = meta | {"seconds": round(time.monotonic() - self.start, 2), "skipped": skipped}
         stems = [photo.stem for photo in photos if photo.stem in self.captions]
         for name, path in self.outputs.items():
-            write_predictions(path, {stem: self.captions[stem][name] for stem in stems}, self.settings[name] | meta)
-            print(f"{len(stems)} captions in {path}")
+            captions = {stem: self.captions[stem][name][0] for stem in stems}
+            form = wrong_in_form(captions, cut=frozenset(stem for stem in stems if self.captions[stem][name][1]))
+            write_predictions(path, captions, self.settings[name] | meta | {"form": form})
+            wrong = ", ".join(f"{len(found)} {kind}" for kind, found in form.items() if found)
+            print(f"{len(stems)} captions in {path}" + (f"; of these, wrong in form: {wrong}" if wrong else ""))
         self.file.path.unlink(missing_ok=True)
         if skipped:
             print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {', '.join(skipped)}")

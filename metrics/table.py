@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from data.instances import Instances
 from metrics import overlap
+from metrics.chair import chair
 from metrics.cider import cider
-from metrics.clipscore import ClipVectors, clip_scores, ref_clip_scores
+from metrics.clipscore import WEIGHT, ClipVectors, clip_scores, ref_clip_scores
 from metrics.statistics import Score, mean_score
 
 
@@ -17,6 +20,10 @@ class Captioned:
     captions: dict[str, str]
     references: dict[str, list[str]]
     idf: Literal["subset", "full"] = "subset"
+    clip_scale: float = WEIGHT
+    """What the cosine is multiplied by."""
+    instances: Instances | None = None
+    """The objects in the photos; None where CHAIR is not asked for."""
     clip: ClipVectors | None = None
     """None where no CLIP metric is asked for, or where CLIP cannot run."""
 
@@ -25,7 +32,7 @@ def _clip(run: Captioned) -> dict[str, Score]:
     """CLIPScore and, where CLIP has encoded references, RefCLIPScore; an empty caption scores 0."""
     if run.clip is None:
         return {}
-    scores = clip_scores(run.clip.photos, run.clip.captions)
+    scores = clip_scores(run.clip.photos, run.clip.captions, run.clip_scale)
     scores *= scores.new_tensor([bool(run.captions[stem].strip()) for stem in run.clip.stems])
     values = {"clipscore": scores}
     if run.clip.references:
@@ -40,14 +47,13 @@ METRICS: dict[str, Callable[[Captioned], dict[str, Score]]] = {
     "bleu": lambda run: overlap.bleu(run.references, run.captions),
     "rouge": lambda run: {"rouge": overlap.rouge(run.references, run.captions)},
     "meteor": lambda run: {"meteor": overlap.meteor(run.references, run.captions)},
+    "chair": lambda run: chair(run.references, run.captions, run.instances),
     "diversity": lambda run: overlap.diversity(run.captions),
 }
 """What scores a run: one score or several, by the names that scores.json has."""
 
-LABELS = {
-    "cider": "CIDEr-D", "clipscore": "CLIPScore", "refclipscore": "RefCLIPScore", "rouge": "ROUGE-L",
-    "meteor": "METEOR", "bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4",
-    "length": "words a caption", "vocabulary": "different words", "distinct1": "distinct-1", "distinct2": "distinct-2",
-    "unique": "different captions, share",
-}  # fmt: skip
-"""How tables and pages call the scores; one that is not here keeps its own name."""
+_LINES = Path(__file__).with_name("scores.txt").read_text(encoding="utf-8").splitlines()
+LABELS = {name: label for name, label, _ in (line.split(": ", 2) for line in _LINES)}
+"""How tables and pages call the scores."""
+MEANINGS = {name: meaning for name, _, meaning in (line.split(": ", 2) for line in _LINES)}
+"""What each score means, in one line."""

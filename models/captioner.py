@@ -123,7 +123,7 @@ class Captioner(nn.Module):
         # `generate` takes ids for all positions; those of the image are not read, since the cache holds them
         ids = torch.full((len(prefix), prefix.shape[1] + 1), eos, device=prefix.device)
         mask = torch.ones_like(ids)
-        drawn = generate_all(lm, lm, caches, ids, mask, *with_candidates(decodings, seeds), eos, pad=eos)
+        drawn = generate_all(lm, lm, caches, ids, mask, *with_candidates(decodings, seeds), eos, eos, ids.shape[1])
         return choose_candidates(drawn, decodings, self.text, self.frequencies)
 
     @torch.inference_mode()

@@ -1,5 +1,7 @@
 """A captioner on disk: `captioner.json` (what to build), `projector.safetensors`, `decoder_lora/` in peft's own form.
 
+    python -m models.checkpoint --checkpoint RUN --merge FOLDER    # a plain transformers model, to share
+
 Beside them may be `document_frequencies.json`, for consensus decoding: how many photos have an n-gram in their training
 captions. The frozen encoder and decoder are not copied; `captioner.json` names them. The folder's contents alone decide
 how it is read, and every tensor must be there, of the right shape, with none left over.
@@ -7,7 +9,7 @@ how it is read, and every tensor must be there, of the right shape, with none le
 
 import json
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.config import UserError, check, config_from
-from common.files import folder_written_whole, restore_folder, write_json
+from common.config import UserError, check, config_from, run
+from common.files import folder_problems, folder_written_whole, restore_folder, write_json
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.consensus import Frequencies
-from models.decoder import check_decoder
+from models.decoder import check_decoder, merge_lora
 from models.encoder import check_encoder
+from models.hub import fetch, load_whole
 
 FREQUENCIES = "document_frequencies.json"
 PROJECTOR, LORA, CONFIG = "projector.safetensors", "decoder_lora", "captioner.json"
@@ -59,12 +62,17 @@ def learnt(captioner: Captioner) -> dict[str, dict[str, Tensor]]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder meant by `path`: itself, or `best/` in a run folder, or `last/` where there is no best."""
+    """The checkpoint folder meant by `path`: itself, or `best/` in a run folder, or `last/` where there is no best.
+
+    USER/NAME that is no folder here is fetched from the model hub. Raises UserError.
+    """
     for folder in (path, path / "best", path / "last"):
         if path != folder:
             restore_folder(folder)
         if (folder / CONFIG).is_file():
             return folder
+    if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
+        return find_checkpoint(fetch(path.as_posix()))
     raise UserError(f"checkpoint: {path}: expected a run folder or a checkpoint folder, found no {CONFIG} in it")
 
 
@@ -122,3 +130,31 @@ def load_captioner(path: Path) -> Captioner:
     load_trained(captioner, folder)
     captioner.frequencies = read_frequencies(folder)
     return captioner.eval()
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """A trained captioner without peft: its decoder as a plain transformers model, its projector beside it."""
+
+    checkpoint: Path
+    """A run folder of p2_train.py (its best/ is taken), a checkpoint folder, or USER/NAME of the model hub."""
+    merge: Path
+    """Folder to write: decoder/ with LoRA folded in and the tokenizer, projector.safetensors, captioner.json."""
+
+
+def main(cfg: MergeConfig) -> None:
+    check(folder_problems(cfg.merge, False, "give another name"))
+    captioner = load_captioner(cfg.checkpoint)
+    lm = merge_lora(captioner.decoder)
+    # weights of a GGUF file are plain by now, but transformers saves no model that says it is quantized
+    shape = {name: value for name, value in lm.config.to_dict().items() if name != "quantization_config"}
+    plain = {"config": type(lm.config).from_dict(shape), "state_dict": lm.state_dict()}
+    with folder_written_whole(cfg.merge) as part:
+        load_whole("checkpoint", type(lm), None, **plain).save_pretrained(part / "decoder")
+        captioner.tokenizer.save_pretrained(part / "decoder")
+        save_file(captioner.projector.state_dict(), part / PROJECTOR)
+        write_json(part / CONFIG, asdict(captioner.config))
+
+
+if __name__ == "__main__":
+    run(main, MergeConfig)

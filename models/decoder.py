@@ -13,7 +13,7 @@ from torch import nn
 
 from common.config import UserError
 from models import packaged
-from models.hub import hub_or_cache, means_folder, why
+from models.hub import load_whole, loading, means_folder
 
 COURSE_FILES = ("decoder_model.bin", "encoder.json", "vocab.bpe")
 
@@ -41,17 +41,11 @@ class LoraConfig:
 
 
 def check_decoder(config: DecoderConfig) -> list[str]:
-    """What can be seen to be wrong with `config` before any weights are read."""
+    """What can be seen to be wrong with `config` before any weights are read; UserError for a packaged file."""
     folder = Path(config.model)
     if config.model.startswith(packaged.PREFIX):
-        try:
-            packaged.decoder_file(config.model)
-        except UserError as error:
-            return [str(error)]
-    elif (folder / COURSE_FILES[0]).exists():
-        missing = [name for name in COURSE_FILES if not (folder / name).is_file()]
-        return [f"decoder.model: {folder} holds {COURSE_FILES[0]} but not {', '.join(missing)}"] if missing else []
-    elif means_folder(config.model) and not (folder / "config.json").is_file():
+        packaged.decoder_file(config.model)
+    elif means_folder(config.model) and not any((folder / name).is_file() for name in ("config.json", COURSE_FILES[0])):
         return [f"decoder.model: {folder}: no such model folder (neither config.json nor {COURSE_FILES[0]} in it)"]
     return []
 
@@ -69,20 +63,15 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
     if where.startswith(packaged.PREFIX):
         file = packaged.decoder_file(where)
         where, options = str(file.parent), {"gguf_file": file.name}
-    hub = True
-    try:
-        with hub_or_cache() as hub:
-            if not (load_weights and options):  # reading a GGUF file takes seconds, and its model needs no change
-                options |= {"config": _shape(where, load_weights, options)}
-            if not load_weights:
-                with torch.device("meta"):
-                    return AutoModelForCausalLM.from_config(options["config"]), None
-            lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, attn_implementation="sdpa", **options)
-            options.pop("config", None)
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    except Exception as error:  # hub clients raise all sorts; the user needs one line
-        reason = why(error, hub or Path(where).exists())
-        raise UserError(f"decoder.model: could not load {config.model}: {reason}") from error
+    with loading(f"decoder.model: could not load {config.model}", Path(where).exists()):
+        if not (load_weights and options):  # reading a GGUF file takes seconds, and its model needs no change
+            options |= {"config": _shape(where, load_weights, options)}
+        if not load_weights:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(options["config"]), None
+        lm = load_whole(f"decoder.model: {config.model}", AutoModelForCausalLM, where, dtype=torch.float32, **options)
+        options.pop("config", None)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
     if tokenizer.eos_token_id is None:
         raise UserError(f"decoder.model: the tokenizer of {config.model} has no end-of-text token")
     _check_head(lm)
@@ -96,7 +85,7 @@ def _shape(where: str, load_weights: bool, options: dict):
 
     # the library's default configuration is GPT-2 small: its size needs no hub
     offline = not load_weights and where == "gpt2" and not Path(where).is_dir()
-    shape = GPT2Config() if offline else AutoConfig.from_pretrained(where, **options)
+    shape = GPT2Config() if offline else AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     if getattr(shape, "activation_function", None) == "gelu_new":
         shape.activation_function = "gelu_pytorch_tanh"  # the same function
     return shape
@@ -116,22 +105,18 @@ def _load_course_form(folder: Path, load_weights: bool) -> tuple[nn.Module, obje
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
     weights, vocab, merges = (folder / name for name in COURSE_FILES)
-    with torch.device("cpu" if load_weights else "meta"):
-        lm = GPT2LMHeadModel(GPT2Config(activation_function="gelu_pytorch_tanh"))  # gelu_new in one pass
+    shape = GPT2Config(activation_function="gelu_pytorch_tanh")  # gelu_new in one pass
     if not load_weights:
-        return lm, None
-    try:
+        with torch.device("meta"):
+            return GPT2LMHeadModel(shape), None
+    with loading(f"{vocab} and {merges.name}: expected GPT-2's tokenizer", local=True):
+        tokenizer = GPT2Tokenizer(vocab=str(vocab), merges=str(merges))
+        if tokenizer.decode(tokenizer("a").input_ids) != "a":
+            raise ValueError("no token for the letter a")
+    with loading(f"{weights}: expected GPT-2 small's state dict", local=True):
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{weights}: expected a state dict, {str(error).splitlines()[0]}") from error
-    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
-    state.pop("lm_head.weight", None)  # tied to wte
-    state = {name: tensor for name, tensor in state.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    try:
-        lm.transformer.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{weights}: expected GPT-2 small's state dict: {' '.join(str(error).split())[:200]}") from None
-    tokenizer = GPT2Tokenizer(vocab=str(vocab), merges=str(merges))
+        state.pop("lm_head.weight", None)  # tied to the words
+        lm = load_whole(str(weights), GPT2LMHeadModel, None, config=shape, state_dict=state)
     return lm.eval(), tokenizer
 
 

@@ -11,13 +11,13 @@ import hashlib
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, generation
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from models.consensus import Frequencies, most_agreed
@@ -35,8 +35,16 @@ class Decoding:
 
     max_new_tokens: PositiveInt = 50
     """Longest caption, in tokens."""
+    min_new_tokens: NonNegativeInt = 0
+    """Shortest caption, in tokens: before, the end token is not chosen."""
     num_beams: PositiveInt = 1
     """Beams of the beam search; 1 is greedy or sampling."""
+    length_penalty: float = 1.0
+    """Beams are compared by their log-probability over length to this power: above 0 favours longer captions."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Above 1 makes tokens that are already there less likely (arXiv 1909.05858), a VLM's prompt included."""
+    no_repeat_ngram_size: NonNegativeInt = 0
+    """No n-gram of so many tokens comes twice, a VLM's prompt included; 0 allows all."""
     do_sample: bool = False
     """Draw each word at random instead of taking the likeliest."""
     temperature: PositiveFloat = 1.0
@@ -62,6 +70,8 @@ def check_decoding(key: str, decoding: Decoding) -> list[str]:
     problems = []
     if decoding.do_sample and decoding.num_beams > 1:
         problems.append(f"{key}.num_beams: expected 1 with do_sample, got {decoding.num_beams}")
+    if decoding.length_penalty != 1 and decoding.num_beams == 1:
+        problems.append(f"{key}.length_penalty: only beams use it; expected {key}.num_beams with it")
     if decoding.top_p == 0:
         problems.append(f"{key}.top_p: expected more than 0, got 0")
     if decoding.candidates > 1 and (decoding.num_beams > 1 or decoding.do_sample):
@@ -101,30 +111,40 @@ class InverseTransform(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn, 0.0)
 
 
-def samplers(decoding: Decoding, seeds: Sequence[int]) -> LogitsProcessorList:
-    """The processors that turn greedy generation into sampling as `decoding` says; none where it does not sample."""
-    if not decoding.do_sample:
-        return LogitsProcessorList()
-    chosen: list[LogitsProcessor] = []
-    if decoding.temperature != 1.0:
-        chosen.append(TemperatureLogitsWarper(float(decoding.temperature)))
-    if decoding.top_k:
-        chosen.append(TopKLogitsWarper(int(decoding.top_k)))
-    if decoding.top_p < 1.0:
-        chosen.append(TopPLogitsWarper(float(decoding.top_p)))
-    return LogitsProcessorList([*chosen, InverseTransform(seeds, decoding.max_new_tokens)])
+def processors(decoding: Decoding, seeds: Sequence[int], prompt: Tensor, eos: int | list[int]) -> LogitsProcessorList:
+    """What `decoding` does to the logits of the words after `prompt` (B, L), in transformers' own order.
+
+    First the rules against repetition and short captions; then, where it samples, what turns greedy generation into
+    sampling.
+    """
+    longer = partial(generation.MinNewTokensLengthLogitsProcessor, prompt.shape[1], eos_token_id=eos)
+    draws = decoding.do_sample
+    steps = (
+        (decoding.repetition_penalty != 1, generation.RepetitionPenaltyLogitsProcessor, decoding.repetition_penalty),
+        (decoding.no_repeat_ngram_size > 0, generation.NoRepeatNGramLogitsProcessor, decoding.no_repeat_ngram_size),
+        (decoding.min_new_tokens > 0, partial(longer, device=prompt.device), decoding.min_new_tokens),
+        (draws and decoding.temperature != 1, generation.TemperatureLogitsWarper, decoding.temperature),
+        (draws and decoding.top_k > 0, generation.TopKLogitsWarper, decoding.top_k),
+        (draws and decoding.top_p < 1, generation.TopPLogitsWarper, decoding.top_p),
+        (draws, partial(InverseTransform, steps=decoding.max_new_tokens), seeds),
+    )
+    return LogitsProcessorList(step(setting) for wanted, step, setting in steps if wanted)
 
 
 class Interleaved(LogitsProcessor):
-    """Processors of K decodings for interleaved rows: row 0 goes to the first, row 1 to the second, and so on."""
+    """Processors of K decodings for interleaved rows: row 0 goes to the first, row 1 to the second, and so on.
 
-    def __init__(self, processors: Sequence[LogitsProcessorList]):
-        self.processors = processors
+    They do not see the first `hidden` ids.
+    """
+
+    def __init__(self, processors: Sequence[LogitsProcessorList], hidden: int = 0):
+        self.processors, self.hidden = processors, hidden
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B * K, L) ids, (B * K, V) logits -> (B * K, V)"""
         count, scores = len(self.processors), scores.float()
-        rows = [process(input_ids[k::count], scores[k::count]) for k, process in enumerate(self.processors)]
+        ids = input_ids[:, self.hidden :]
+        rows = [process(ids[k::count], scores[k::count]) for k, process in enumerate(self.processors)]
         return torch.stack(rows, dim=1).flatten(0, 1)
 
 
@@ -133,6 +153,7 @@ def generation_config(decoding: Decoding, eos: int | list[int], pad: int) -> Gen
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         num_beams=decoding.num_beams,
+        length_penalty=decoding.length_penalty,
         do_sample=False,  # the samplers draw
         eos_token_id=eos,
         pad_token_id=pad,
@@ -161,8 +182,7 @@ def with_candidates(
     for name, decoding in decodings.items():
         sampled = dataclasses.replace(decoding, candidates=1, do_sample=True)
         for number in range(decoding.candidates):
-            first = Decoding(decoding.max_new_tokens) if decoding.candidates > 1 else decoding
-            drawn[name, number] = sampled if number else first
+            drawn[name, number] = sampled if number else dataclasses.replace(decoding, candidates=1)
             drawn_seeds[name, number] = [photo_seed(seed, number) for seed in seeds[name]] if number else seeds[name]
     return drawn, drawn_seeds
 
@@ -226,6 +246,7 @@ def generate_all(
     seeds: dict[Hashable, Sequence[int]],
     eos: int | list[int],
     pad: int,
+    hidden: int = 0,
     attention: str = "sdpa",
     **rows: Tensor,
 ) -> dict[Hashable, list[list[int]]]:
@@ -233,9 +254,10 @@ def generate_all(
 
     `caches` hold, part by part of the batch, what `model` keeps of `ids` (B, L) but for the last; they are used up.
     Decodings with the same number of steps go side by side as rows of one batch: a step reads the weights once for all
-    of them. `seeds` has one for each photo by decoding. On a CPU the `language_model` attends by plain products, since
-    the fused kernel is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time. Elsewhere
-    it attends by `attention`. `rows` are what else `generate` reads, (..., B, L).
+    of them. `seeds` has one for each photo by decoding. The first `hidden` of the `ids` stand for an image: the rules
+    against repetition do not see them. On a CPU the `language_model` attends by plain products, since the fused kernel
+    is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time. Elsewhere it attends by
+    `attention`. `rows` are what else `generate` reads, (..., B, L).
     """
     groups: dict[tuple, list[Hashable]] = {}
     for name, decoding in decodings.items():
@@ -244,14 +266,14 @@ def generate_all(
     for number, names in enumerate(groups.values(), start=1):
         count, first = len(names), decodings[names[0]]
         parts = caches if number == len(groups) else copy.deepcopy(caches)
-        processors = [samplers(decodings[name], seeds[name]) for name in names]
+        steps = [processors(decodings[name], seeds[name], ids[:, hidden:], eos) for name in names]
         with attend_with(language_model, "eager" if ids.device.type == "cpu" else attention, after=attention):
             out = model.generate(
                 input_ids=ids.repeat_interleave(count, dim=0),
                 attention_mask=mask.repeat_interleave(count, dim=0),
                 **{name: value.repeat_interleave(count, dim=-2) for name, value in rows.items()},
                 generation_config=generation_config(first, eos, pad),
-                logits_processor=LogitsProcessorList([Interleaved(processors)]),
+                logits_processor=LogitsProcessorList([Interleaved(steps, hidden)]),
                 **{CACHE: fixed_cache(parts, count * first.num_beams, first.max_new_tokens)},
             )
         new = until_eos(out[:, ids.shape[1] :], eos)  # by position: words of a prompt may come back in a caption
@@ -268,8 +290,8 @@ def generate_plainly(
     pad: int,
 ) -> list[list[int]]:
     """Captions by transformers' `generate` alone, which every family has, Q-Formers and encoder-decoders too."""
-    config, draw = generation_config(decoding, eos, pad), samplers(decoding, seeds)
-    out = model.generate(**inputs, generation_config=config, logits_processor=draw)
+    config, steps = generation_config(decoding, eos, pad), processors(decoding, seeds, inputs["input_ids"], eos)
+    out = model.generate(**inputs, generation_config=config, logits_processor=steps)
     length = inputs["input_ids"].shape[1]
     begins = length if out[:, :length].equal(inputs["input_ids"]) else int(model.config.is_encoder_decoder)
     return until_eos(out[:, begins:], eos)  # behind the prompt, or behind the token that starts a decoder

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.config import UserError
 from common.device import module_hash
 from models import packaged
-from models.hub import hub_or_cache, quiet, why
+from models.hub import loading, refuse_code
 
 
 @dataclass(frozen=True)
@@ -149,27 +149,15 @@ def build_encoder(config: EncoderConfig, load_weights: bool = True) -> FrozenEnc
     device = "cpu" if load_weights else "meta"
     build = _open_clip_tower if config.library == "open_clip" else _timm_net
     local = config.weights == "random" or config.weights.startswith(packaged.PREFIX) or Path(config.weights).exists()
-    at_hub = load_weights and not local
-    hub = True
-    try:
-        with hub_or_cache() if at_hub else quiet() as hub:
-            return FrozenEncoder(*build(config, device, load_weights), config)
-    except UserError:
-        raise
-    except Exception as error:  # the libraries and their hub clients raise all sorts; the user needs one line
-        raise UserError(
-            f"encoder: {config.library} gives no {config.model} with weights {config.weights} and layer "
-            f"{config.layer}: {why(error, hub or not at_hub)}"
-        ) from error
+    what = f"encoder: {config.library} gives no {config.model} with weights {config.weights} and layer {config.layer}"
+    with loading(what, local or not load_weights):
+        return FrozenEncoder(*build(config, device, load_weights), config)
 
 
 def check_encoder(config: EncoderConfig) -> list[str]:
-    """What can be seen to be wrong with `config` before any weights are read."""
+    """What can be seen to be wrong with `config` before any weights are read; UserError for a packaged file."""
     if config.weights.startswith(packaged.PREFIX):
-        try:
-            packaged.encoder_file(config.weights, config.model)
-        except UserError as error:
-            return [str(error)]
+        packaged.encoder_file(config.weights, config.model)
     elif "/" in config.weights and not Path(config.weights).exists():
         return [f"encoder.weights: {config.weights}: no such file or folder"]
     return []
@@ -184,6 +172,7 @@ def _open_clip_tower(config: EncoderConfig, device: str, load_weights: bool) -> 
     elif weights == "random":
         weights = None
     known = open_clip.get_model_config(model)
+    refuse_code(f"encoder.weights: {weights or config.weights}", known)
     if weights == "openai" and known and not known.get("quick_gelu"):
         raise UserError(f"encoder.model: OpenAI's weights need a QuickGELU model (try {model}-quickgelu), got {model}")
     clip = open_clip.create_model(
@@ -209,15 +198,20 @@ def _timm_net(config: EncoderConfig, device: str, load_weights: bool) -> tuple[n
     model, weights = config.model, config.weights
     packed = weights.startswith(packaged.PREFIX)
     pretrained = load_weights and not packed and weights != "random"
-    overlay = None
+    overlay, classes = None, {} if pretrained else {"num_classes": 0}
     if Path(weights).is_dir():
         model = f"local-dir:{weights}"
-    elif Path(weights).is_file():
-        overlay = {"file": weights}
+    elif Path(weights).is_file() and load_weights:
+        # timm compares all names and shapes only where it keeps the number of classes that the file has
+        heads = timm.get_pretrained_cfg(model).classifier
+        head = heads[0] if isinstance(heads, tuple) else heads
+        stored = timm.models.load_state_dict(weights).get(f"{head}.weight", ())
+        overlay = {"file": weights, "num_classes": len(stored)}
     elif pretrained:
         model = f"{model}.{weights}"
     with torch.device("meta" if packed else device):  # packed weights replace all tensors
-        net = timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0)
+        net = timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **classes)
+    net.reset_classifier(0)
     if packed and load_weights:
         packaged.load_encoder(net, weights, model)
     cfg = timm.data.resolve_model_data_config(net)

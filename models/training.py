@@ -52,11 +52,6 @@ def parts_of(captioner: Captioner) -> dict[str, list[tuple[str, torch.nn.Paramet
     return parts
 
 
-def rate_of(part: str, stage: Stage) -> float:
-    """The learning rate of a part in a stage, at its highest."""
-    return stage.projector_lr if part == "projector" and stage.projector_lr is not None else stage.lr
-
-
 def set_trainable(captioner: Captioner, name: str, stage: Stage) -> list[dict]:
     """Thaw the parts that the stage `name` trains, freeze the rest, print the table and return what trains.
 
@@ -68,7 +63,8 @@ def set_trainable(captioner: Captioner, name: str, stage: Stage) -> list[dict]:
     captioner.decoder.enable_adapter_layers() if adapt else captioner.decoder.disable_adapter_layers()
     print(f"{name:10} {'parameters':>15} {'trainable':>13} {'lr':>8}")
     for part, parameters in parts_of(captioner).items():
-        train, lr = part in STAGES[name], rate_of(part, stage)
+        train, own = part in STAGES[name], stage.projector_lr if part == "projector" else None
+        lr = stage.lr if own is None else own  # at its highest
         if train and not parameters:
             raise RuntimeError(f"{name} should train {part}, which has no parameters")
         for _, parameter in parameters:

@@ -22,7 +22,7 @@ from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
 from models.decoding import CACHE, Decoding, choose_candidates, generate_all, generate_plainly, with_candidates
 from models.encoder import PatchGrid
-from models.hub import hub_or_cache, means_folder, quiet, why
+from models.hub import load_whole, loading, means_folder
 from models.patch_boxes import grid_of, measure_boxes, on_grid
 
 # What LLaVA-1.5 was asked for captions in training (Liu et al. 2023).
@@ -201,19 +201,13 @@ def load_vlm(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-    options = {}
+    options = {"dtype": dtype, "device_map": {"": device}}  # straight there: 7B need not pass through the CPU's memory
     if quantize != "none":
         bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype} if quantize == "4bit" else {"load_in_8bit": True}
         options["quantization_config"] = BitsAndBytesConfig(**bits)
-    local = Path(model).is_dir()
-    hub = True
-    try:
-        with quiet() if local else hub_or_cache() as hub:
-            processor = AutoProcessor.from_pretrained(model)
-            # straight onto the device: 7B in 16 bits need not pass through the CPU's memory as a whole
-            lm = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map={"": device}, **options)
-    except Exception as error:  # hub clients raise all sorts; the user needs one line
-        raise UserError(f"model: could not load {model}: {why(error, hub or local)}") from error
+    with loading(f"model: could not load {model}", Path(model).is_dir()):
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+        lm = load_whole(f"model: {model}", AutoModelForImageTextToText, model, **options)
     family = lm.config.model_type
     if getattr(processor, "chat_template", None) is None and family not in OWN_PROMPT:
         raise UserError(f"model: the processor of {model} has no chat template to put the prompt into")

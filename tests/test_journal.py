@@ -15,6 +15,9 @@ from data.predictions import write_predictions
 from models.decoder import causal_lm, fuse_lora
 from models.decoding import Decoding, photo_seed
 
+LIMIT = {"max_new_tokens": 10}
+ODD = {1: " ", 2: "a cup on a cup on a cup on a table"}  # captions by the number of the photo
+
 
 @pytest.fixture
 def photos(tmp_path) -> list:
@@ -27,14 +30,18 @@ def photos(tmp_path) -> list:
 
 
 def caption_all(output: Path, photos: list, stop_after: int = 99, **settings) -> list:
-    journal = Journal(output, {name: {"model": "m"} | settings for name in ("a", "b")})
+    journal = Journal(output, {name: {"model": "m", "decoding": LIMIT} | settings for name in ("a", "b")})
     batches, seen = PhotoBatches(journal.missing(photos), 2, 1, "caption", journal.done), []
     for batch in batches:
         if len(seen) == stop_after:
             raise KeyboardInterrupt
         seen.append([loaded.stem for loaded in batch])
         red = [loaded.image.getpixel((0, 0))[0] for loaded in batch]
-        journal.append(batch, {"a": [f"red {value}" for value in red], "b": [f"rouge {value}" for value in red]})
+        captions = {
+            "a": [[1] * (9 if value == 4 else 2) + [value] for value in red],
+            "b": [[2, value] for value in red],
+        }
+        journal.append(batch, captions, lambda ids: f"{'red' if ids[0] == 1 else 'rouge'} {ids[-1]}")
     journal.finish(photos, batches.bad, {"device": "cpu"})
     return seen
 
@@ -54,7 +61,8 @@ def test_a_stopped_run_ends_as_an_unbroken_one(tmp_path, photos, stop_after):
         assert (tmp_path / f"whole/x.{name}.json").read_bytes() == (tmp_path / f"broken/x.{name}.json").read_bytes()
     assert not journal.exists()
     meta = json.loads((tmp_path / "broken/x.a.meta.json").read_text())
-    assert meta.keys() == {"model", "device", "seconds", "skipped"}
+    assert meta.keys() == {"model", "decoding", "device", "seconds", "skipped", "form"}
+    assert meta["form"] == {"empty": [], "cut": ["p4"], "repeating": []}  # known also where an earlier run wrote it
     assert meta["skipped"] == {"p3.png": "not a photo in a known format"}
     assert list(json.loads((tmp_path / "broken/x.a.json").read_text())) == ["p0", "p1", "p2", "p4", "p5", "p6"]
 
@@ -86,7 +94,7 @@ def test_a_journal_of_other_settings_is_refused_by_name(tmp_path, photos):
     with pytest.raises(UserError, match="x.journal.jsonl was begun with seed 0, now 1; --overwrite begins anew"):
         caption_all(output, photos, seed=1)
     with pytest.raises(UserError, match="begun with decoding a b, now a; --overwrite begins anew"):
-        Journal(output, {"a": {"model": "m", "seed": 0}})
+        Journal(output, {"a": {"model": "m", "decoding": LIMIT, "seed": 0}})
     for lines in ("{}\nnot a caption\n", '{"a": {}}\n["p0", {}]\n', "[]\n", '{"a": {}}\n["p0", {"a": null}]\n'):
         (tmp_path / "x.journal.jsonl").write_text(lines)
         with pytest.raises(UserError, match="is no journal of captions"):
@@ -96,14 +104,19 @@ def test_a_journal_of_other_settings_is_refused_by_name(tmp_path, photos):
 
 def test_a_single_decoding_writes_the_output_itself_and_outputs_are_not_replaced(tmp_path, photos, capsys):
     output = tmp_path / "new" / "x.json"
-    journal = Journal(output, {"best": {"model": "m"}})
+    journal = Journal(output, {"best": {"model": "m", "decoding": LIMIT}})
     batches = PhotoBatches(journal.missing(photos), 4)
     for batch in batches:
-        journal.append(batch, {"best": [loaded.stem for loaded in batch]})
+        ids = [[int(loaded.stem[1:])] * (10 if loaded.stem in ("p2", "p6") else 9) for loaded in batch]
+        journal.append(batch, {"best": ids}, lambda ids: ODD.get(ids[0], "a dog"))
     assert journal.done == 6 and [photo.stem for photo in journal.missing(photos)] == ["p3"]
     capsys.readouterr()
     journal.finish(photos, batches.bad, {})
-    assert capsys.readouterr().out == f"6 captions in {output}\n1 photo skipped: p3.png\n"
+    assert capsys.readouterr().out == (
+        f"6 captions in {output}; of these, wrong in form: 1 empty, 2 cut, 1 repeating\n1 photo skipped: p3.png\n"
+    )
+    form = json.loads((tmp_path / "new/x.meta.json").read_text())["form"]
+    assert form == {"empty": ["p1"], "cut": ["p2", "p6"], "repeating": ["p2"]}
     assert sorted(path.name for path in output.parent.iterdir()) == ["x.json", "x.meta.json"]
     with pytest.raises(UserError, match="output: .*x.json exists; give another name, or --overwrite"):
         Journal(output, {"best": {"model": "m"}})
@@ -140,14 +153,14 @@ def test_sampling_heeds_the_photo_alone(make_captioner, caption):
 
 def test_sampling_draws_from_the_distribution():
     """10,000 rows of one distribution: frequencies within four standard errors."""
-    from models.decoding import samplers
+    from models.decoding import processors
 
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    process = samplers(Decoding(do_sample=True), range(10_000))
+    process = processors(Decoding(do_sample=True), range(10_000), torch.zeros(10_000, 1), eos=0)
     drawn = process(None, logits.expand(10_000, -1)).argmax(1).bincount(minlength=4) / 10_000
     expected = logits.softmax(0)
     assert ((drawn - expected).abs() < 4 * (expected * (1 - expected) / 10_000).sqrt()).all()
-    process = samplers(Decoding(do_sample=True, top_k=2), range(10_000))
+    process = processors(Decoding(do_sample=True, top_k=2), range(10_000), torch.zeros(10_000, 1), eos=0)
     assert process(None, logits.flip(0).expand(10_000, -1)).argmax(1).unique().tolist() == [2, 3]  # never what is cut
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 
 import common.config
@@ -38,6 +39,7 @@ from models.splits import Split, prepare_split, weigh_by_agreement
 from models.training import Average, Stage
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+WALL_CLOCK = {"seconds", "tokens_a_second", "memory_gb"}
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
 
@@ -71,7 +73,9 @@ def same(ours: dict, theirs: dict) -> bool:
 
 
 def rows(folder: Path) -> list[dict]:
-    return [{key: row[key] for key in row if key != "seconds"} for row in JsonLines(folder / "metrics.jsonl").rows()]
+    return [
+        {key: row[key] for key in row if key not in WALL_CLOCK} for row in JsonLines(folder / "metrics.jsonl").rows()
+    ]
 
 
 # ------------------------------------------------------------------------------------------- settings
@@ -405,6 +409,55 @@ def test_a_run_learns_and_keeps_its_best(config, tmp_path):
     assert trainer.validation_loss() == pytest.approx(second, rel=1e-5)
     assert (cfg.output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((cfg.output / "config.yaml").read_text())["align"]["lr"] == 1e-2
+
+
+class Kept(GeneralTracker):
+    """A tracker of accelerate's that keeps what it is told."""
+
+    name, requires_logging_directory, main_process_only, tracker = "kept", False, False, None
+
+    def __init__(self):
+        super().__init__()
+        self.tracker, self.settings, self.values, self.finished = self, {}, [], False
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.settings = values
+
+    def log(self, values: dict, step: int | None, **_) -> None:
+        self.values.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_a_tracker_gets_every_row_of_the_log(config, monkeypatch):
+    kept = Kept()
+    monkeypatch.setattr(p2_train, "Accelerator", lambda **options: Accelerator(**options | {"log_with": kept}))
+    cfg = config(finetune=Stage(epochs=1))
+    p2_train.main(cfg)
+    log = JsonLines(cfg.output / "metrics.jsonl").rows()
+    named = [{f"{row['stage']}/{key}": row[key] for key in row if key != "stage"} for row in log]
+    assert [values for _, values in kept.values] == named and len(log) == 4
+    assert [step for step, _ in kept.values] == [4, 4, 8, 8]  # four steps an epoch
+    assert kept.finished and kept.settings["align.lr"] == "0.01"
+    steps = [row for row in log if "step" in row]
+    assert all(row["lr"] > 0 and row["tokens_a_second"] > 0 and 0.05 < row["memory_gb"] < 64 for row in steps)
+
+
+def test_tensorboard_writes_into_the_run(config):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    cfg = config(finetune=Stage(epochs=0), tracker="tensorboard")
+    p2_train.main(cfg)
+    read = events.EventAccumulator(str(cfg.output / "captioning")).Reload()
+    (row, end) = JsonLines(cfg.output / "metrics.jsonl").rows()
+    assert [(one.step, one.value) for one in read.Scalars("align/loss")] == [(4, pytest.approx(row["loss"]))]
+    assert read.Scalars("align/val_loss")[0].value == pytest.approx(end["val_loss"])
+
+
+def test_a_tracker_that_is_not_installed_is_named_at_once(config, monkeypatch):
+    monkeypatch.setattr(p2_train, "get_available_trackers", list)
+    with pytest.raises(UserError, match="tracker: wandb is not installed; pip install wandb"):
+        p2_train.main(config(tracker="wandb"))
 
 
 def test_consensus_weights_keep_a_photos_mean_and_favour_what_people_agree_on(config, data_root, tmp_path):

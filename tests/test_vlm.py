@@ -15,9 +15,10 @@ from PIL import Image
 import p1_llava_caption
 from common.config import NothingDone, UserError
 from data.annotations import find_photos
-from data.photos import open_photo
+from data.photos import load_photo, open_photo
 from data.predictions import read_predictions
-from models.vlm import VisionLanguageModel
+from models.decoding import Decoding, until_eos
+from models.vlm import PROMPT, VisionLanguageModel, load_vlm
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,23 @@ def test_greedy_captions_are_those_of_a_plain_script(llava_folder, photos, tmp_p
     for size in (1, 5, 8):
         caption(llava_folder, photos, tmp_path / f"{size}.json", batch_size=size)
         assert read_predictions(tmp_path / f"{size}.json") == plain
+
+
+@pytest.mark.parametrize("rules", [
+    {"repetition_penalty": 1.5, "min_new_tokens": 9}, {"no_repeat_ngram_size": 1},
+    {"num_beams": 2, "length_penalty": 2.0, "no_repeat_ngram_size": 2},
+])  # fmt: skip
+@torch.inference_mode()
+def test_rules_against_repetition_are_those_of_plain_generate(llava_folder, photos, rules):
+    from transformers import AutoModelForImageTextToText
+
+    ours = load_vlm(str(llava_folder), PROMPT, torch.device("cpu"), torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(llava_folder, dtype=torch.float32).eval()
+    inputs = ours.inputs(loaded := [load_photo(photo) for photo in find_photos(photos, limit=2)])
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, **rules)[:, inputs["input_ids"].shape[1] :]
+    decodings = {"plain": Decoding(12), "ruled": Decoding(12, **rules)}
+    captions = ours.generate(loaded, decodings, dict.fromkeys(decodings, (0, 0)))
+    assert captions["ruled"] == until_eos(ids, ours.eos) != captions["plain"]
 
 
 def test_sampled_captions_heed_neither_batch_nor_break(llava_folder, photos, tmp_path, monkeypatch):
