@@ -23,6 +23,7 @@ from common.files import JsonLines
 from models.decoder import LoraConfig
 from models.training import Stage
 
+WALL_CLOCK = {"seconds", "tokens_a_second", "memory_gb"}
 KILLS = int(os.environ.get("KILLS", "10"))
 SAVES = [(os, "replace"), (os, "rename"), (shutil, "rmtree"), (torch, "save"), (models.checkpoint, "save_file")]
 SAVES.append((JsonLines, "append"))
@@ -88,7 +89,8 @@ def results_of(folder: Path) -> dict:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         if path.suffix == ".jsonl":
-            found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in JsonLines(path).rows()]
+            rows = JsonLines(path).rows()
+            found[name] = [{key: row[key] for key in row.keys() - WALL_CLOCK} for row in rows]
         elif path.suffix == ".pt":
             found[name] = str(torch.load(path, weights_only=True))
         elif path.name.endswith(".meta.json"):
