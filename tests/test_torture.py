@@ -137,8 +137,10 @@ def test_kills_lose_nothing_and_change_nothing(jobs, tmp_path):
         seconds, saves, expected = time.monotonic() - start, counted.stat().st_size, results_of(whole)
         row = {"job": name, "saves": saves, "kills": 0, "in_saves": 0, "lost": 0, "differing": 0}
         table.append(row)
+        attempts = 0
         while row["kills"] < (KILLS // 2 if name == "training" else -(-KILLS // 4)):
-            folder = tmp_path / f"{name}_{row['kills']}"
+            attempts += 1
+            folder = tmp_path / f"{name}_{attempts}"
             for _ in range(draw.randint(1, 3)):
                 inside = row["in_saves"] <= row["kills"] // 2
                 how = {"fatal": draw.randrange(2 * saves)} if inside else {"delay": draw.uniform(0.1, seconds)}
