@@ -247,7 +247,6 @@ def generate_all(
     eos: int | list[int],
     pad: int,
     hidden: int = 0,
-    attention: str = "sdpa",
     **rows: Tensor,
 ) -> dict[Hashable, list[list[int]]]:
     """Several decodings of B prompts from one prefill: token ids without EOS, B captions by decoding.
@@ -256,8 +255,8 @@ def generate_all(
     Decodings with the same number of steps go side by side as rows of one batch: a step reads the weights once for all
     of them. `seeds` has one for each photo by decoding. The first `hidden` of the `ids` stand for an image: the rules
     against repetition do not see them. On a CPU the `language_model` attends by plain products, since the fused kernel
-    is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time. Elsewhere it attends by
-    `attention`. `rows` are what else `generate` reads, (..., B, L).
+    is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time. `rows` are what else
+    `generate` reads, (..., B, L).
     """
     groups: dict[tuple, list[Hashable]] = {}
     for name, decoding in decodings.items():
@@ -267,7 +266,7 @@ def generate_all(
         count, first = len(names), decodings[names[0]]
         parts = caches if number == len(groups) else copy.deepcopy(caches)
         steps = [processors(decodings[name], seeds[name], ids[:, hidden:], eos) for name in names]
-        with attend_with(language_model, "eager" if ids.device.type == "cpu" else attention, after=attention):
+        with attend_with(language_model, "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
             out = model.generate(
                 input_ids=ids.repeat_interleave(count, dim=0),
                 attention_mask=mask.repeat_interleave(count, dim=0),
