@@ -177,18 +177,6 @@ def check_model(model: str) -> list[str]:
     return []
 
 
-def check_quantize(quantize: Quantize, device: torch.device) -> None:
-    """Raise a UserError where weights cannot be quantised here."""
-    from importlib.util import find_spec
-
-    if quantize == "none":
-        return
-    if device.type != "cuda":
-        raise UserError(f"quantize: {quantize} needs a CUDA GPU, the device is {device}; expected none")
-    if find_spec("bitsandbytes") is None:
-        raise UserError(f"quantize: {quantize} needs bitsandbytes, which is not installed; pip install bitsandbytes")
-
-
 def load_vlm(
     model: str, prompt: str, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none",
     fit: Fit = "processor",
