@@ -57,7 +57,7 @@ class VisionLanguageModel(nn.Module):
         self.pad = self.tokenizer.pad_token_id
         template = getattr(processor, "chat_template", None)
         eos = model.generation_config.eos_token_id
-        self.eos: int | list[int] = self.tokenizer.eos_token_id if eos is None else eos
+        self.eos = self.tokenizer.eos_token_id if eos is None else eos  # one, or several
         self.fit, self.family, text = fit, model.config.model_type, model.config.get_text_config()
         self.prompt = chat_prompt(processor, prompt) if template else "<image>" * (self.family == "paligemma") + prompt
         # PaliGemma 2's language model caps attention, which sdpa cannot

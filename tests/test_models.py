@@ -446,7 +446,7 @@ def test_joined_caches_go_on_as_each_would_alone(window):
         num_key_value_heads=2, sliding_window=window, initializer_range=0.5,
     )).eval()  # fmt: skip
     prefix, words = torch.randint(50, (2, 9)), torch.randint(50, (6, 5))
-    cache = fixed_cache([prefill(lm.model, input_ids=row)[0] for row in prefix.split(1)], repeats=3, room=5)
+    cache = fixed_cache([prefill(lm.model, input_ids=row) for row in prefix.split(1)], repeats=3, room=5)
     expected = lm(torch.cat([prefix.repeat_interleave(3, dim=0), words], dim=1)).logits[:, -5:]
     kept = None if window else cache.layers[1].keys
     with attend_with(lm, "eager", after="sdpa"):
