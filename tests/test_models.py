@@ -24,7 +24,7 @@ from models.decoding import CACHE, Decoding, check_decoding, fixed_cache, prefil
 from models.encoder import EncoderConfig, PhotoTransform, build_encoder
 from models.packing import ChunkedCrossEntropy, pack_rows
 from models.projector import ProjectorConfig
-from models.training import Stage, make_optimizer, make_schedule, prepare_training, set_trainable
+from models.training import Stage, make_schedule, prepare_training, set_trainable
 
 DECODERS = ["gpt2", "llama"]
 TOKENS, WIDTH = 17, 32  # of the tiny CLIP: 16 patches and the class token
@@ -175,7 +175,7 @@ def test_projectors(make_captioner, kind, normalize, tmp_path):
 
 def test_schedules_count_optimizer_steps():
     def rates(stage: Stage, steps: int) -> list[float]:
-        optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], stage)
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=stage.lr)
         schedule = make_schedule(optimizer, stage, steps_per_epoch=steps)
         got = []
         for _ in range(round(stage.epochs * steps)):
@@ -196,9 +196,9 @@ def test_schedules_count_optimizer_steps():
 
 @pytest.mark.parametrize("schedule", ["cosine", "warm_restarts"])
 def test_the_projector_may_have_a_rate_of_its_own(make_captioner, schedule, capsys):
-    stage = Stage(epochs=1, lr=1e-3, projector_lr=3e-3, schedule=schedule, min_lr=1e-4, optimizer="adamw")
+    stage = Stage(epochs=1, lr=1e-3, projector_lr=3e-3, schedule=schedule, min_lr=1e-4)
     captioner = make_captioner()
-    optimizer = make_optimizer(set_trainable(captioner, "finetune", stage), stage)
+    optimizer = torch.optim.AdamW(set_trainable(captioner, "finetune", stage))
     assert re.search(r"projector .* 0.003\n +lora .* 0.001\n", capsys.readouterr().out)
     own = {id(parameter) for parameter in captioner.projector.parameters()}
     assert [{id(one) for one in group["params"]} == own for group in optimizer.param_groups] == [True, False]
