@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,6 +193,19 @@ def test_schedules_count_optimizer_steps():
     warm = rates(Stage(epochs=1, lr=1.0, schedule="cosine", warmup=0.2, min_lr=0.1), 20)
     assert warm[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0]) and warm == warm[:4] + sorted(warm[4:], reverse=True)
     assert 0.1 < warm[-1] < 0.12
+
+
+def test_adamw_without_weight_decay_is_adam_to_the_bit():
+    learnt = []
+    for optimizer in (torch.optim.Adam, partial(torch.optim.AdamW, weight_decay=Stage().weight_decay)):
+        torch.manual_seed(0)
+        weights = torch.nn.Parameter(torch.randn(20, 30))
+        optimizer = optimizer([weights], lr=1e-2)
+        for _ in range(20):
+            weights.grad = torch.randn_like(weights)
+            optimizer.step()
+        learnt.append(weights.detach())
+    assert torch.equal(*learnt)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "warm_restarts"])
