@@ -26,6 +26,7 @@ from models.training import Stage
 KILLS = int(os.environ.get("KILLS", "10"))
 SAVES = [(os, "replace"), (os, "rename"), (shutil, "rmtree"), (torch, "save"), (models.checkpoint, "save_file")]
 SAVES.append((JsonLines, "append"))
+WALL_CLOCK = {"seconds", "tokens_a_second", "memory_gb"}  # differ from run to run
 
 
 def die_inside_save(fatal: int, counted: Path) -> None:
@@ -88,11 +89,11 @@ def results_of(folder: Path) -> dict:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         if path.suffix == ".jsonl":
-            found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in JsonLines(path).rows()]
+            found[name] = [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in JsonLines(path).rows()]
         elif path.suffix == ".pt":
             found[name] = str(torch.load(path, weights_only=True))
         elif path.name.endswith(".meta.json"):
-            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k not in WALL_CLOCK}
         else:  # loss.png and config.yaml name the folder or the day
             found[name] = path.read_bytes() if path.suffix in (".safetensors", ".json") else b""
     return found
