@@ -21,7 +21,7 @@ from data.annotations import find_photos
 from data.journal import Journal
 from data.photos import PhotoBatches
 from models.decoding import PRESETS, Decoding, check_decoding, photo_seed
-from models.vlm import PROMPT, Fit, Quantize, check_model, check_quantize, load_vlm
+from models.vlm import PROMPT, Fit, Quantize, check_model, load_vlm
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ def check_settings(cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check_settings(cfg)
     photos, device = find_photos(cfg.images, limit=cfg.limit), pick_device(cfg.device)
-    check_quantize(cfg.quantize, device)
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "float32"
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision: fp16 is not for CPUs; expected float32 or bf16")

@@ -107,8 +107,6 @@ def check_settings(cfg: Config) -> None:
     problems += training.check_stage("align", cfg.align) + training.check_stage("finetune", cfg.finetune)
     if not cfg.align.epochs and not cfg.finetune.epochs:
         problems.append("finetune.epochs: expected at least one stage that trains, got 0 epochs in all")
-    if cfg.ema == 1:
-        problems.append("ema: expected less than 1, since the average would never change, got 1")
     if cfg.batch_size % cfg.captions_per_row:
         expected = f"a multiple of captions_per_row {cfg.captions_per_row}"
         problems.append(f"batch_size: expected {expected}, got {cfg.batch_size}")
@@ -155,7 +153,7 @@ class Trainer:
         accelerator.free_memory()  # the optimizer of the stage before must not be stepped again
         groups = training.set_trainable(self.captioner, name, stage)
         epoch_steps = len(self.optimizer_steps())
-        optimizer = training.make_optimizer(groups, stage)
+        optimizer = torch.optim.AdamW(groups, weight_decay=stage.weight_decay)
         schedule = training.make_schedule(optimizer, stage, epoch_steps)
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
         average = training.Average(training.parameters_of(groups), cfg.ema)  # on the device by now

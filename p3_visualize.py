@@ -33,7 +33,7 @@ from models.attribution import METHODS, Unit, split_units
 from models.checkpoint import load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 from models.interface import CaptionModel
-from models.vlm import PROMPT, Fit, Quantize, check_model, check_quantize, load_vlm
+from models.vlm import PROMPT, Fit, Quantize, check_model, load_vlm
 from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
 
 Grounded = dict[Photo, list[tuple[list[int], list[Named]]]]  # a photo's captions, and the objects that each names
@@ -128,7 +128,6 @@ def load_model(cfg: Config) -> CaptionModel:
     """The model, made ready. Raises UserError."""
     device = pick_device(cfg.device)
     if cfg.model:
-        check_quantize(cfg.quantize, device)
         model = load_vlm(cfg.model, cfg.prompt, device, torch_dtype(cfg.precision), cfg.quantize, cfg.fit)
         model.patch_grid(64, 64)  # refuses a model whose patches cannot be placed
         return model

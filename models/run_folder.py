@@ -10,16 +10,8 @@ from common.files import JsonLines, remove_folder, restore_folder, written_whole
 from models.checkpoint import check_checkpoint
 
 ONCE = ("overwrite", "resume", "dry_run")  # settings of one call of the script, not of the run
-ELSEWHERE = (
-    "device",
-    "features",
-    "output",
-    "data",
-    "images",
-    "val_images",
-    "save_steps",
-    "tracker",
-)  # change no result
+# settings that change no result
+ELSEWHERE = ("device", "features", "output", "data", "images", "val_images", "save_steps", "tracker")
 
 
 def settings_of(cfg: Any) -> dict:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, LRScheduler
 
 from models.captioner import Captioner
@@ -27,15 +27,13 @@ class Stage:
     """Learning rate at its highest."""
     projector_lr: PositiveFloat | None = None
     """The projector's own learning rate, if it should differ; the schedule is the same and ends at min_lr too."""
-    optimizer: Literal["adam", "adamw"] = "adam"
-    """Adam, or Adam with decoupled weight decay."""
     weight_decay: NonNegativeFloat = 0.0
-    """Weight decay, of adamw only."""
+    """AdamW's decoupled weight decay; at 0 AdamW is Adam."""
     schedule: Literal["constant", "cosine", "warm_restarts"] = "constant"
     """constant; cosine: falls once to min_lr; warm_restarts: falls to min_lr again and again (arXiv 1608.03983)."""
     min_lr: NonNegativeFloat = 0.0
     """Where cosine and warm_restarts end."""
-    warmup: NonNegativeFloat = 0.0
+    warmup: ClosedUnitInterval = 0.0
     """Share of the stage's steps in which the rate rises from 0 (constant and cosine)."""
     restart_epochs: PositiveFloat = 1.0
     """Length of the first warm-restart period, in epochs."""
@@ -133,12 +131,6 @@ class Average:
             value.copy_(stored)
 
 
-def make_optimizer(groups: list[dict], stage: Stage) -> torch.optim.Optimizer:
-    if stage.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay)
-    return torch.optim.Adam(groups, lr=stage.lr)
-
-
 def make_schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoch: int) -> LRScheduler:
     """The stage's schedule, one call of `step()` an optimizer step."""
     if stage.schedule == "warm_restarts":
@@ -159,15 +151,9 @@ def make_schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoc
 
 def check_stage(name: str, stage: Stage) -> list[str]:
     """What is wrong with a stage's settings taken together."""
-    problems = [
-        f"{name}.{key}: expected a finite number, got {getattr(stage, key)}"
-        for key in ("epochs", "lr", "projector_lr")
-        if not math.isfinite(getattr(stage, key) or 0)
-    ]
-    if stage.weight_decay and stage.optimizer != "adamw":
-        problems.append(f"{name}.weight_decay: expected 0 with optimizer {stage.optimizer}, got {stage.weight_decay}")
+    problems = []
+    if math.isinf(stage.epochs):
+        problems.append(f"{name}.epochs: expected a finite number, got inf")
     if stage.warmup and stage.schedule == "warm_restarts":
         problems.append(f"{name}.warmup: expected 0 with warm_restarts, got {stage.warmup}")
-    if stage.warmup >= 1:
-        problems.append(f"{name}.warmup: expected a share of the steps below 1, got {stage.warmup}")
     return problems

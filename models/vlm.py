@@ -57,12 +57,11 @@ class VisionLanguageModel(nn.Module):
         self.pad = self.tokenizer.pad_token_id
         template = getattr(processor, "chat_template", None)
         eos = model.generation_config.eos_token_id
-        self.eos: int | list[int] = self.tokenizer.eos_token_id if eos is None else eos
+        self.eos = self.tokenizer.eos_token_id if eos is None else eos  # one, or several
         self.fit, self.family, text = fit, model.config.model_type, model.config.get_text_config()
         self.prompt = chat_prompt(processor, prompt) if template else "<image>" * (self.family == "paligemma") + prompt
-        self.attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"  # which knows no such cap
-        if self.attention == "eager":  # older releases of transformers take sdpa all the same
-            model.get_decoder().set_attn_implementation("eager")
+        # PaliGemma 2's language model caps attention, which sdpa cannot
+        self.placed = self.family in PLACED and not getattr(text, "attn_logit_softcapping", None)
         self.patch_boxes = lru_cache(maxsize=1024)(self._patch_boxes)
 
     def inputs(self, photos: Sequence[LoadedPhoto]) -> dict[str, Tensor]:
@@ -80,19 +79,19 @@ class VisionLanguageModel(nn.Module):
         inputs.pop("labels", None)  # PaliGemma's, for training
         return dict(inputs.to(self.model.device, self.model.dtype))
 
-    def _prefill(self, inputs: dict[str, Tensor], cache: DynamicCache) -> tuple[Tensor, Tensor]:
-        """Fill `cache` with all but the prompt's last token, by which captions begin.
+    def _prefill(self, inputs: dict[str, Tensor]) -> tuple[DynamicCache, Tensor, Tensor]:
+        """Keys and values of all but the prompt's last token, by which captions begin; every layer keeps all of them.
 
-        Returns final states (B, L - 1, D) and positions (B, L - 1), or (3 or 4, B, L - 1) where image tokens have rows
+        Also final states (B, L - 1, D) and positions (B, L - 1), or (3 or 4, B, L - 1) where image tokens have rows
         and columns. `generate` prepares what differs between families: positions, masks, token types. It reads the last
         token too, since in PaliGemma all tokens of a prompt see each other.
         """
-        seen = []
+        cache, seen = DynamicCache(), []
         with self.model.get_decoder().register_forward_hook(lambda *call: seen.extend(call[2:]), with_kwargs=True):
             self.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, **{CACHE: cache})
         cache.crop(-1)
         kwargs, output = seen
-        return output.last_hidden_state[:, :-1], kwargs["position_ids"][..., :-1]
+        return cache, output.last_hidden_state[:, :-1], kwargs["position_ids"][..., :-1]
 
     @torch.inference_mode()
     def generate(
@@ -101,14 +100,13 @@ class VisionLanguageModel(nn.Module):
         """Token ids of B captions for each decoding; see `models.interface`."""
         inputs, ends = self.inputs(photos), (self.eos, self.pad)
         wanted, own = with_candidates(decodings, seeds)
-        if self.family in PLACED:
-            # all layers keep the whole prompt, but for PaliGemma 2's with a sliding window, which run in no other way
-            cache = DynamicCache(config=self.model.config if self.family == "paligemma" else None)
-            positions, more = self._prefill(inputs, cache)[1], {"attention": self.attention}
+        if self.placed:
+            cache, _, positions = self._prefill(inputs)
+            rows = {}
             if positions.ndim == 3:  # `generate` counts the other kind by itself
-                more["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+                rows["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
             prompt = [cache], inputs["input_ids"], inputs["attention_mask"]
-            drawn = generate_all(self.model, self.model.get_decoder(), *prompt, wanted, own, *ends, **more)
+            drawn = generate_all(self.model, self.model.get_decoder(), *prompt, wanted, own, *ends, **rows)
         else:
             drawn = {name: generate_plainly(self.model, inputs, wanted[name], own[name], *ends) for name in wanted}
         return choose_candidates(drawn, decodings, self.text)
@@ -119,7 +117,7 @@ class VisionLanguageModel(nn.Module):
     ) -> list[list[AttentionRecord]]:
         """What each token of each of a photo's captions attended to, the closing EOS last."""
         inputs, decoder = self.inputs(photos), self.model.get_decoder()
-        states, positions = self._prefill(inputs, cache := DynamicCache())
+        cache, states, positions = self._prefill(inputs)
         prompt, device = inputs["input_ids"], states.device
         places = [(row == self.model.config.image_token_id).nonzero()[:, 0] for row in prompt]
         columns = nn.utils.rnn.pad_sequence(places, batch_first=True)  # (B, P) of the photo with the most image tokens
@@ -131,24 +129,25 @@ class VisionLanguageModel(nn.Module):
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
         real = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         steps = torch.arange(ids.shape[1], device=device).expand(len(flat), -1)
-        with record_attention(decoder, steps, columns[owner], self.attention) as recorder:
+        with record_attention(decoder, steps, columns[owner]) as recorder:
             states = decoder(
                 input_ids=ids, attention_mask=torch.cat([inputs["attention_mask"][owner, :-1], real], dim=1),
                 position_ids=positions[..., owner, -1:] + 1 + steps, use_cache=True, **{CACHE: cache},
             ).last_hidden_state  # fmt: skip
         closed = [[[*caption, self.tokenizer.eos_token_id]] for caption in flat]
-        head, cap = self.model.get_output_embeddings(), getattr(decoder.config, "final_logit_softcapping", None)
-        records = iter(read_records(recorder, states, patches[owner], head, closed, cap))
+        head = self.model.get_output_embeddings()
+        records = iter(read_records(recorder, states, patches[owner], head, closed))
         shares = [grid_of(self.patch_boxes(*photo.image.size))[1] for photo in photos]
         return [[on_grid(next(records)[0], share) for _ in own] for own, share in zip(captions, shares)]
 
     def _patch_boxes(self, width: int, height: int) -> np.ndarray:
         """(N, 4) boxes of the image tokens of a photo of `width` x `height` pixels; see `measure_boxes`.
 
-        Raises UserError for a family whose image tokens were never placed.
+        Raises UserError for a family whose image tokens were never placed, and for PaliGemma 2.
         """
-        if self.family not in PLACED:
-            raise UserError(f"model: heatmaps need one of the families {', '.join(PLACED)}; this is {self.family}")
+        if not self.placed:
+            families = ", ".join(PLACED) + " (without version 2 of PaliGemma)"
+            raise UserError(f"model: heatmaps need one of the families {families}; this is {self.family}")
         return measure_boxes(self.model, self.inputs, width, height)
 
     def patch_grid(self, width: int, height: int) -> PatchGrid:
@@ -178,18 +177,6 @@ def check_model(model: str) -> list[str]:
     return []
 
 
-def check_quantize(quantize: Quantize, device: torch.device) -> None:
-    """Raise a UserError where weights cannot be quantised here."""
-    from importlib.util import find_spec
-
-    if quantize == "none":
-        return
-    if device.type != "cuda":
-        raise UserError(f"quantize: {quantize} needs a CUDA GPU, the device is {device}; expected none")
-    if find_spec("bitsandbytes") is None:
-        raise UserError(f"quantize: {quantize} needs bitsandbytes, which is not installed; pip install bitsandbytes")
-
-
 def load_vlm(
     model: str, prompt: str, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none",
     fit: Fit = "processor",
@@ -211,7 +198,8 @@ def load_vlm(
     family = lm.config.model_type
     if getattr(processor, "chat_template", None) is None and family not in OWN_PROMPT:
         raise UserError(f"model: the processor of {model} has no chat template to put the prompt into")
-    if family not in PLACED:
+    vlm = VisionLanguageModel(lm, processor, prompt, fit)
+    if not vlm.placed:
         compared = "" if family in COMPARED else ", and its captions were never compared with those of plain generate"
         print(f"model: {family} reads the photos anew for each decoding{compared}", file=sys.stderr)
-    return VisionLanguageModel(lm, processor, prompt, fit)
+    return vlm

