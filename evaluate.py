@@ -27,7 +27,6 @@ from data.evaluation import Inputs, MissingPolicy, match, read_references, read_
 from data.instances import read_instances
 from data.photos import first_of
 from metrics import MetricUnavailable
-from metrics.cider import find_java
 from metrics.clipscore import WEIGHT, Clip, ClipVectors, ImageTower, encode_captions, load_clip, tokenize
 from metrics.statistics import Score, interval, paired
 from metrics.table import LABELS, MEANINGS, METRICS, Captioned
@@ -92,8 +91,6 @@ def check_settings(cfg: Config) -> Path:
         raise UserError("metrics: expected at least one, such as cider, got none")
     if "chair" in cfg.metrics and not cfg.instances:
         raise UserError("instances: expected COCO's instances of the photos, which chair compares with")
-    if set(cfg.metrics) - CLIP_METRICS - {"chair"}:
-        find_java()
     first = cfg.predictions[0]
     beside = first.name.removesuffix(".json") + ".scores.json" if len(cfg.predictions) == 1 else "scores.json"
     path = cfg.output or first.with_name(beside)

