@@ -171,7 +171,7 @@ def compare(runs: list[dict[str, Any]], scores: list[Scores], stems: list[str], 
     """How each run differs from the first one, by each metric that has an interval."""
     return [
         {"run": runs[i]["name"], "against": runs[0]["name"], "metric": metric}
-        | paired(scores[0][metric], scores[i][metric], stems, seed)._asdict()
+        | paired(scores[0][metric], scores[i][metric], stems, seed)
         for metric in runs[0]["intervals"]
         for i in range(1, len(runs))
     ]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from common.config import CommonSettings, UserError, check, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
@@ -42,7 +42,7 @@ class Config(CommonSettings):
     """The decoding named own."""
     batch_size: PositiveInt = 8
     """Photos captioned at a time."""
-    workers: NonNegativeInt = 2
+    workers: PositiveInt = 2
     """Threads that decode photos ahead."""
     precision: Precision | Literal["auto"] = "auto"
     """auto is bf16 on CUDA and float32 elsewhere."""

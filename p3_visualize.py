@@ -73,7 +73,7 @@ class Config(CommonSettings):
     """How a caption is chosen; greedy by default."""
     batch_size: PositiveInt = 8
     """Photos at a time."""
-    workers: NonNegativeInt = 2
+    workers: PositiveInt = 2
     """Threads that decode photos ahead."""
     precision: Precision = "float32"
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""

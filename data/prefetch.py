@@ -12,13 +12,7 @@ Item, Ready = TypeVar("Item"), TypeVar("Ready")
 def prefetch(
     items: Iterable[Item], prepare: Callable[[Item], Ready], workers: int = 1, waiting: int = 1
 ) -> Iterator[Ready]:
-    """`prepare(item)` for each item in turn, up to `waiting` of them begun before they are asked for.
-
-    With 0 workers each is prepared when it is asked for.
-    """
-    if workers <= 0:
-        yield from map(prepare, items)
-        return
+    """`prepare(item)` for each item in turn, up to `waiting` of them begun before they are asked for."""
     pool, upcoming = ThreadPoolExecutor(workers), iter(items)
     begun: deque[Future] = deque()
     try:

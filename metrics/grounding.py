@@ -174,7 +174,7 @@ class GroundingTable:
         for (key, found), metric in itertools.product(differences.items(), ("match_at_1", "pair_win", "pointing")):
             first, second = scores[key.removeprefix("less_")][metric], scores[method][metric]
             if first.photos:
-                found[metric] = change = paired(first, second, list(first.parts), self.seed)._asdict()
+                found[metric] = change = paired(first, second, list(first.parts), self.seed)
                 values = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]  p {p:.4f}".format_map(change)
                 lines.append(f"{metric}, {method} {key.replace('_', ' ', 1)}: {values}")
         parts = self.parts[method]

@@ -91,16 +91,12 @@ def diversity(predictions: Predictions) -> dict[str, Score]:
     tokens = ptb_tokenize({photo: [caption] for photo, caption in predictions.items()})
     captions = [text.split() for (text,) in tokens.values() if text] or [[]]
     words = [word for caption in captions for word in caption]
+    pairs = [pair for caption in captions for pair in zip(caption, caption[1:])]
     figures = {
         "length": len(words) / len(captions),
         "vocabulary": float(len(set(words))),
-        "distinct1": _distinct(captions, 1),
-        "distinct2": _distinct(captions, 2),
+        "distinct1": len(set(words)) / max(1, len(words)),
+        "distinct2": len(set(pairs)) / max(1, len(pairs)),
         "unique": len(set(map(tuple, captions))) / len(captions),
     }
     return {name: Score(figure, photos={}, of_sums=None) for name, figure in figures.items()}
-
-
-def _distinct(captions: list[list[str]], n: int) -> float:
-    ngrams = [tuple(words[i : i + n]) for words in captions for i in range(len(words) - n + 1)]
-    return len(set(ngrams)) / max(1, len(ngrams))
