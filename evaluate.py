@@ -110,7 +110,6 @@ def encode_with_clip(clip: Clip, inputs: Inputs, cfg: Config) -> dict[str, ClipV
     Raises MetricUnavailable where no photo can be read.
     """
     features, good, bad = encode_files(ImageTower(clip), inputs.photos, cfg.features, cfg.batch_size, dtype=np.float32)
-    notice(*(f"{error}; it gets no CLIPScore" for error in bad))
     if not good:
         raise MetricUnavailable("none of the photos can be read")
     if bad:

@@ -94,6 +94,16 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Which settings of `now` were others `before`: `was OLD, is NEW` by dotted name. Both may be nested.
+
+    >>> changes({"seed": 0, "lora": {"rank": 8}}, {"seed": 0, "lora": {"rank": 16}})
+    {'lora.rank': 'was 8, is 16'}
+    """
+    before, now = flatten(before), flatten(now)
+    return {key: f"was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value}
+
+
 def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
     """The settings by dotted name, as `args` and the files named in them give them, not yet converted."""
     settings: dict[str, Any] = {}

@@ -115,14 +115,11 @@ def _notices(run: Run, longest: dict[str, int], undecoded: list[str], absent: li
     broken = [stem for stem, caption in run.captions.items() if len(caption.splitlines()) > 1]
     # CIDEr and BLEU say little about a caption of more than twice the words of any reference
     long = [stem for stem, text in run.captions.items() if len(text.split()) > 2 * longest.get(stem, float("inf"))]
-    kinds = wrong_in_form(run.captions, run.cut) | {
-        "too long for CIDEr and BLEU, which are not made for paragraphs": long
+    found = {
+        "not decoded by the run, left out for all runs": undecoded,
+        f"no caption, {done}": absent,
+        "captions with line breaks, read as spaces": broken,
+        "captions too long for CIDEr and BLEU, which are not made for paragraphs": long,
     }
-    notices = [
-        (undecoded, f"{run.path}: the run could not decode {first_of(undecoded)}: left out for all runs"),
-        (absent, f"{run.path} has no caption for {first_of(absent)}: {done}"),
-        (broken, f"{run.path}: line breaks in the caption of {first_of(broken)}, read as spaces"),
-    ]
-    n = len(run.captions)
-    shares = [f"{run.path}: captions {kind}: {len(of) / n:.1%}, {first_of(of)}" for kind, of in kinds.items() if of]
-    return [text for stems, text in notices if stems] + shares
+    found |= {f"captions {kind}": stems for kind, stems in wrong_in_form(run.captions, run.cut).items()}
+    return [f"{run.path}: {about}: {first_of(stems)}" for about, stems in found.items() if stems]

@@ -367,9 +367,9 @@ def test_runs_are_compared_photo_by_photo(scene, capsys):
     assert f"  captions  {first['corpus']['cider']:.4f} [{low:.4f}, {high:.4f}]\n" in out
     assert f"  worse     {second['corpus']['cider']:.4f} [" in out and f"p {pair['p']:.4f}" in out
     assert out.splitlines()[-1] == f"CIDEr: {fixed_point(first['corpus']['cider'])} | CLIPScore: n/a"
-    assert "line breaks in the caption of 1 photo (river), read as spaces" in err
-    assert "worse.json: captions repeating: 33.3%, 1 photo (river)" in err
-    assert "worse.json: captions too long for CIDEr and BLEU, which are not made for paragraphs: 33.3%, 1 photo" in err
+    assert "worse.json: captions with line breaks, read as spaces: 1 photo (river)" in err
+    assert "worse.json: captions repeating: 1 photo (river)" in err
+    assert "worse.json: captions too long for CIDEr and BLEU, which are not made for paragraphs: 1 photo" in err
 
 
 def test_captions_that_are_wrong_in_form_are_counted(scene, capsys):
@@ -379,8 +379,8 @@ def test_captions_that_are_wrong_in_form_are_counted(scene, capsys):
     (scene / "captions.meta.json").write_text(json.dumps({"skipped": {}, "form": {"cut": ["chess", "truck"]}}))
     scored(scene, "captions")
     empty, cut = capsys.readouterr().err.splitlines()
-    assert empty.endswith("captions.json: captions empty: 33.3%, 1 photo (river)")
-    assert cut.endswith("captions.json: captions cut: 66.7%, 2 photos (truck, chess)")
+    assert empty.endswith("captions.json: captions empty: 1 photo (river)")
+    assert cut.endswith("captions.json: captions cut: 2 photos (truck, chess)")
     for meta in ("[]", "{}", '{"skipped": [], "form": []}'):  # of other programs
         (scene / "captions.meta.json").write_text(meta)
         scored(scene, "captions")
@@ -405,7 +405,8 @@ def test_a_run_without_some_captions_is_scored_as_was_said(scene, capsys):
     assert both["runs"][1]["n"] == 3 and both["runs"][1]["photos"]["river"]["cider"] == 0.0
     assert both["runs"][0]["corpus"]["cider"] == cider(REFERENCES, CAPTIONS)[0]
     err = capsys.readouterr().err
-    assert "(river): left out for all runs" in err and "(river): scored 0" in err
+    assert "no caption, left out for all runs: 1 photo (river)" in err
+    assert "no caption, scored 0: 1 photo (river)" in err
 
 
 def test_a_photo_that_a_run_could_not_decode_is_scored_for_no_run(scene, capsys):
@@ -413,7 +414,7 @@ def test_a_photo_that_a_run_could_not_decode_is_scored_for_no_run(scene, capsys)
     (scene / "fewer.meta.json").write_text(json.dumps({"skipped": ["photos/river.png"]}))
     both = scored(scene, "captions", "fewer", missing="zero")
     assert [list(run["photos"]) for run in both["runs"]] == [["truck", "chess"]] * 2
-    assert "fewer.json: the run could not decode 1 photo (river): left out for all runs" in capsys.readouterr().err
+    assert "fewer.json: not decoded by the run, left out for all runs: 1 photo (river)" in capsys.readouterr().err
 
 
 def test_an_empty_caption_scores_zero_by_clip_too(scene, clip_folder):

@@ -91,9 +91,9 @@ def test_a_journal_of_other_settings_is_refused_by_name(tmp_path, photos):
     output = tmp_path / "x.json"
     with pytest.raises(KeyboardInterrupt):
         caption_all(output, photos, 1, seed=0)
-    with pytest.raises(UserError, match="x.journal.jsonl was begun with seed 0, now 1; --overwrite begins anew"):
+    with pytest.raises(UserError, match="other settings, --overwrite begins anew: a.seed was 0, is 1; and 1 more"):
         caption_all(output, photos, seed=1)
-    with pytest.raises(UserError, match="begun with decoding a b, now a; --overwrite begins anew"):
+    with pytest.raises(UserError, match=r"begins anew: decoding was \['a', 'b'\], is \['a'\]$"):
         Journal(output, {"a": {"model": "m", "decoding": LIMIT, "seed": 0}})
     for lines in ("{}\nnot a caption\n", '{"a": {}}\n["p0", {}]\n', "[]\n", '{"a": {}}\n["p0", {"a": null}]\n'):
         (tmp_path / "x.journal.jsonl").write_text(lines)
