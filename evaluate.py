@@ -87,8 +87,6 @@ def notice(*texts: str) -> None:
 
 def check_settings(cfg: Config) -> Path:
     """Check what can be checked before anything is scored, and return where the scores go. Raises UserError."""
-    if not cfg.metrics:
-        raise UserError("metrics: expected at least one, such as cider, got none")
     if "chair" in cfg.metrics and not cfg.instances:
         raise UserError("instances: expected COCO's instances of the photos, which chair compares with")
     first = cfg.predictions[0]

@@ -55,8 +55,8 @@ class Config(CommonSettings):
 def check_settings(cfg: Config) -> None:
     """Raise a UserError for what is wrong with the settings alone."""
     problems = check_model(cfg.model) + check_decoding("own", cfg.own)
-    if not cfg.decoding or len(set(cfg.decoding)) < len(cfg.decoding):
-        problems.append(f"decoding: expected different names of decodings, got {' '.join(cfg.decoding) or 'none'}")
+    if len(set(cfg.decoding)) < len(cfg.decoding):
+        problems.append(f"decoding: expected different names of decodings, got {' '.join(cfg.decoding)}")
     if cfg.own != Decoding() and "own" not in cfg.decoding:
         problems.append("own: these settings are of the decoding `own`, not chosen; expected own in decoding")
     check(problems)
@@ -76,7 +76,7 @@ def main(cfg: Config) -> None:
     journal = Journal(cfg.output, settings, cfg.overwrite)
 
     model = load_vlm(cfg.model, cfg.prompt, device, torch_dtype(precision), cfg.quantize, cfg.fit)
-    batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=journal.done)
+    batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=len(journal.captions))
     for batch in batches:
         seeds = {name: [photo_seed(cfg.seed, name, photo.stem) for photo in batch] for name in decodings}
         journal.append(batch, model.generate(batch, decodings, seeds), model.text)

@@ -55,7 +55,7 @@ def main(cfg: Config) -> None:
     model = load_captioner(folder)
     model.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
     model.ready(device, torch_dtype(cfg.precision), cfg.features)
-    batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=journal.done)
+    batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=len(journal.captions))
     for batch in batches:
         seeds = {"caption": [photo_seed(cfg.seed, photo.stem) for photo in batch]}
         journal.append(batch, model.generate(batch, decodings, seeds), model.text)

@@ -142,6 +142,7 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
     """The config of these settings by dotted name, each converted to its field's type by jsonargparse."""
     parser, fields = _parser(Config), field_types(Config)
     check([_unknown(key, value, fields) for key, value in settings.items() if key not in fields])
+    check([f"{key}: expected at least one value, got none" for key, value in settings.items() if value in ([], "[]")])
     try:
         parsed = parser.instantiate(parser.parse_object(Namespace(settings)))
     except (ArgumentError, TypeError) as error:

@@ -43,7 +43,6 @@ class Inputs:
 
 def read_runs(predictions: list[Path]) -> list[Run]:
     """The captions of each file. A run has its file's name, or the whole path where two files have the same name."""
-    check([] if predictions else ["predictions: expected at least one file"])
     check([f"predictions: {path} is given twice" for path, count in Counter(predictions).items() if count > 1])
     names = [path.name.removesuffix(".json") for path in predictions]
     if len(set(names)) < len(names):
@@ -64,10 +63,8 @@ def read_references(
     data: Path | None, annotations: Path | None, images: Path | None, split: str | None
 ) -> tuple[Path, list[Photo]]:
     """The annotation file, given or found in the folder `data`, and its photos. Raises UserError."""
-    if data and images:
-        raise UserError("images: expected either data or images, got both")
-    if (data is None) == (annotations is None):
-        raise UserError("annotations: expected either annotations or data, got " + ("both" if data else "neither"))
+    if (data is None) == (annotations is None) or (data and images):
+        raise UserError("data: expected either data, or annotations and images, got " + ("both" if data else "neither"))
     if data:
         (annotations, images), split = find_data(data, split or "val"), None
     return annotations, read_annotations(annotations, images, split)

@@ -51,11 +51,6 @@ class Journal:
         hint = f"{self.file.path} was begun with other settings, --overwrite begins anew"
         check([f"output: {hint}: {key} {change}" for key, change in changes(old, new).items()], shown=1)
 
-    @property
-    def done(self) -> int:
-        """How many photos have their captions."""
-        return len(self.captions)
-
     def missing(self, photos: Sequence[Photo]) -> list[Photo]:
         """Those of `photos` that have no captions yet."""
         return [photo for photo in photos if photo.stem not in self.captions]

@@ -55,8 +55,7 @@ def tokenize_lines(lines: tuple[str, ...]) -> tuple[str, ...]:
     text = "".join(line + "\n" for line in lines).encode()
     done = subprocess.run([JAVA, *fast_start, *program], input=text, capture_output=True)
     if done.returncode:
-        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
-        raise UserError(f"CIDEr: {JAVA} could not run the PTB tokenizer: {reason[0]}")
+        raise UserError(f"CIDEr: {JAVA} could not run the PTB tokenizer: {done.stderr.decode(errors='replace')}")
     tokenized = done.stdout.decode("utf-8").split("\n")[:-1]
     assert len(tokenized) == len(lines), "the PTB tokenizer returned another number of captions"
     return tuple(" ".join(w for w in line.split() if w not in ptbtokenizer.PUNCTUATIONS) for line in tokenized)

@@ -148,6 +148,7 @@ def test_mistakes(args, message):
     ("limit: x", "limit: expected PositiveInt or null, got 'x'"),
     ("limit: -1", "limit: expected PositiveInt or null, got '-1'"),
     ("layers: [a]", "layers: expected list[int] or null, got \"['a']\""),
+    ("names: []", "names: expected at least one value, got none"),
     ("names: 3", "names: expected list[str], got '3'"),
     ("part: {kind: three}", "part.kind: expected one of one, two, got 'three'"),
     ("part: {rank: [1]}", "part.rank: expected PositiveInt, got '[1]'"),

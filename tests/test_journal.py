@@ -31,7 +31,7 @@ def photos(tmp_path) -> list:
 
 def caption_all(output: Path, photos: list, stop_after: int = 99, **settings) -> list:
     journal = Journal(output, {name: {"model": "m", "decoding": LIMIT} | settings for name in ("a", "b")})
-    batches, seen = PhotoBatches(journal.missing(photos), 2, 1, "caption", journal.done), []
+    batches, seen = PhotoBatches(journal.missing(photos), 2, 1, "caption", len(journal.captions)), []
     for batch in batches:
         if len(seen) == stop_after:
             raise KeyboardInterrupt
@@ -109,7 +109,7 @@ def test_a_single_decoding_writes_the_output_itself_and_outputs_are_not_replaced
     for batch in batches:
         ids = [[int(loaded.stem[1:])] * (10 if loaded.stem in ("p2", "p6") else 9) for loaded in batch]
         journal.append(batch, {"best": ids}, lambda ids: ODD.get(ids[0], "a dog"))
-    assert journal.done == 6 and [photo.stem for photo in journal.missing(photos)] == ["p3"]
+    assert len(journal.captions) == 6 and [photo.stem for photo in journal.missing(photos)] == ["p3"]
     capsys.readouterr()
     journal.finish(photos, batches.bad, {})
     assert capsys.readouterr().out == (
