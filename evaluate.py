@@ -35,7 +35,6 @@ from pages.scores import write_scores_page
 
 __doc__ += "\nScores:\n" + "\n".join(f"    {LABELS[name]}: {meaning}" for name, meaning in MEANINGS.items())
 ALIASES = {"pred_file": "predictions", "images_root": "images", "annotation_file": "annotations"}
-CLIP_METRICS = {"clipscore", "refclipscore"}
 Scores = dict[str, Score]  # by metric
 
 
@@ -199,7 +198,7 @@ def fixed_point(score: float | None) -> str:
 
 
 def main(cfg: Config) -> None:
-    with_clip = bool(CLIP_METRICS & set(cfg.metrics))
+    with_clip = bool({"clipscore", "refclipscore"} & set(cfg.metrics))
     captions = read_runs(cfg.predictions)
     annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split)
     inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, with_clip)

@@ -15,7 +15,7 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from common.config import CommonSettings, UserError, check, run
+from common.config import CommonSettings, check, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
 from data.annotations import find_photos
 from data.journal import Journal
@@ -67,8 +67,6 @@ def main(cfg: Config) -> None:
     photos, device = find_photos(cfg.images, limit=cfg.limit), pick_device(cfg.device)
     check_quantize(cfg.quantize, device)
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "float32"
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision: fp16 is not for CPUs; expected float32 or bf16")
     decodings = {name: cfg.own if name == "own" else PRESETS[name] for name in cfg.decoding}
     shared = {name: getattr(cfg, name) for name in ("model", "prompt", "quantize", "fit", "seed")}
     shared |= {"precision": precision, "versions": library_versions()}

@@ -101,8 +101,7 @@ def match(
 
     scored = [stem for stem in dict.fromkeys([*runs[0].captions, *photos]) if stem in photos and stem not in left_out]
     if not scored:
-        files = " and ".join(str(run.path) for run in runs)
-        raise UserError(f"predictions: no photo of {annotations} has a caption in {files}")
+        raise UserError(f"predictions: no photo of {annotations} has a caption in each run")
     # a caption can be absent here only where `missing` is zero
     runs = [replace(run, captions={stem: run.captions.get(stem, "") for stem in scored}) for run in runs]
     return Inputs(runs, [photos[stem] for stem in scored], references, notices)

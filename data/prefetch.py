@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
@@ -14,12 +14,10 @@ def prefetch(
 ) -> Iterator[Ready]:
     """`prepare(item)` for each item in turn, up to `waiting` of them begun before they are asked for."""
     pool, upcoming = ThreadPoolExecutor(workers), iter(items)
-    begun: deque[Future] = deque()
     try:
-        while True:
-            begun.extend(pool.submit(prepare, item) for item in islice(upcoming, waiting + 1 - len(begun)))
-            if not begun:
-                return
+        begun = deque(pool.submit(prepare, item) for item in islice(upcoming, waiting + 1))
+        while begun:
             yield begun.popleft().result()
+            begun.extend(pool.submit(prepare, item) for item in islice(upcoming, 1))
     finally:
         pool.shutdown(cancel_futures=True)

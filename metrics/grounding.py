@@ -185,9 +185,8 @@ class GroundingTable:
         return {"method": method, **counts, "rows": rows, **differences}, "\n".join(lines)
 
     def _with_interval(self, score: Score) -> dict:
-        if not score.photos:
-            return {"score": None, "interval": None}
-        return {"score": score.corpus, "interval": list(interval(score, list(score.parts), self.seed))}
+        ends = interval(score, list(score.parts), self.seed) if score.photos else None
+        return {"score": score.corpus if score.photos else None, "interval": ends}
 
 
 def _mean_over_objects(parts: dict[str, np.ndarray]) -> Score:
@@ -196,5 +195,5 @@ def _mean_over_objects(parts: dict[str, np.ndarray]) -> Score:
     return Score(float(ratio(np.array(list(parts.values())).sum(axis=0))), photos, parts)
 
 
-def _to_text(score: float | None, interval: list[float] | None) -> str:
+def _to_text(score: float | None, interval: tuple[float, float] | None) -> str:
     return "none" if interval is None else f"{score:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
