@@ -27,7 +27,6 @@ from data.evaluation import Inputs, MissingPolicy, match, read_references, read_
 from data.instances import read_instances
 from data.photos import first_of
 from metrics import MetricUnavailable
-from metrics.cider import find_java
 from metrics.clipscore import WEIGHT, Clip, ClipVectors, ImageTower, encode_captions, load_clip, tokenize
 from metrics.statistics import Score, interval, paired
 from metrics.table import LABELS, MEANINGS, METRICS, Captioned
@@ -36,7 +35,6 @@ from pages.scores import write_scores_page
 
 __doc__ += "\nScores:\n" + "\n".join(f"    {LABELS[name]}: {meaning}" for name, meaning in MEANINGS.items())
 ALIASES = {"pred_file": "predictions", "images_root": "images", "annotation_file": "annotations"}
-CLIP_METRICS = {"clipscore", "refclipscore"}
 Scores = dict[str, Score]  # by metric
 
 
@@ -88,12 +86,8 @@ def notice(*texts: str) -> None:
 
 def check_settings(cfg: Config) -> Path:
     """Check what can be checked before anything is scored, and return where the scores go. Raises UserError."""
-    if not cfg.metrics:
-        raise UserError("metrics: expected at least one, such as cider, got none")
     if "chair" in cfg.metrics and not cfg.instances:
         raise UserError("instances: expected COCO's instances of the photos, which chair compares with")
-    if set(cfg.metrics) - CLIP_METRICS - {"chair"}:
-        find_java()
     first = cfg.predictions[0]
     beside = first.name.removesuffix(".json") + ".scores.json" if len(cfg.predictions) == 1 else "scores.json"
     path = cfg.output or first.with_name(beside)
@@ -113,7 +107,6 @@ def encode_with_clip(clip: Clip, inputs: Inputs, cfg: Config) -> dict[str, ClipV
     Raises MetricUnavailable where no photo can be read.
     """
     features, good, bad = encode_files(ImageTower(clip), inputs.photos, cfg.features, cfg.batch_size, dtype=np.float32)
-    notice(*(f"{error}; it gets no CLIPScore" for error in bad))
     if not good:
         raise MetricUnavailable("none of the photos can be read")
     if bad:
@@ -174,7 +167,7 @@ def compare(runs: list[dict[str, Any]], scores: list[Scores], stems: list[str], 
     """How each run differs from the first one, by each metric that has an interval."""
     return [
         {"run": runs[i]["name"], "against": runs[0]["name"], "metric": metric}
-        | paired(scores[0][metric], scores[i][metric], stems, seed)._asdict()
+        | paired(scores[0][metric], scores[i][metric], stems, seed)
         for metric in runs[0]["intervals"]
         for i in range(1, len(runs))
     ]
@@ -205,7 +198,7 @@ def fixed_point(score: float | None) -> str:
 
 
 def main(cfg: Config) -> None:
-    with_clip = bool(CLIP_METRICS & set(cfg.metrics))
+    with_clip = bool({"clipscore", "refclipscore"} & set(cfg.metrics))
     captions = read_runs(cfg.predictions)
     annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split)
     inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, with_clip)

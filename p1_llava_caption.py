@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 
-from common.config import CommonSettings, UserError, check, run
+from common.config import CommonSettings, check, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
 from data.annotations import find_photos
 from data.journal import Journal
@@ -42,7 +42,7 @@ class Config(CommonSettings):
     """The decoding named own."""
     batch_size: PositiveInt = 8
     """Photos captioned at a time."""
-    workers: NonNegativeInt = 2
+    workers: PositiveInt = 2
     """Threads that decode photos ahead."""
     precision: Precision | Literal["auto"] = "auto"
     """auto is bf16 on CUDA and float32 elsewhere."""
@@ -55,8 +55,8 @@ class Config(CommonSettings):
 def check_settings(cfg: Config) -> None:
     """Raise a UserError for what is wrong with the settings alone."""
     problems = check_model(cfg.model) + check_decoding("own", cfg.own)
-    if not cfg.decoding or len(set(cfg.decoding)) < len(cfg.decoding):
-        problems.append(f"decoding: expected different names of decodings, got {' '.join(cfg.decoding) or 'none'}")
+    if len(set(cfg.decoding)) < len(cfg.decoding):
+        problems.append(f"decoding: expected different names of decodings, got {' '.join(cfg.decoding)}")
     if cfg.own != Decoding() and "own" not in cfg.decoding:
         problems.append("own: these settings are of the decoding `own`, not chosen; expected own in decoding")
     check(problems)
@@ -66,8 +66,6 @@ def main(cfg: Config) -> None:
     check_settings(cfg)
     photos, device = find_photos(cfg.images, limit=cfg.limit), pick_device(cfg.device)
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "float32"
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision: fp16 is not for CPUs; expected float32 or bf16")
     decodings = {name: cfg.own if name == "own" else PRESETS[name] for name in cfg.decoding}
     shared = {name: getattr(cfg, name) for name in ("model", "prompt", "quantize", "fit", "seed")}
     shared |= {"precision": precision, "versions": library_versions()}
@@ -75,7 +73,7 @@ def main(cfg: Config) -> None:
     journal = Journal(cfg.output, settings, cfg.overwrite)
 
     model = load_vlm(cfg.model, cfg.prompt, device, torch_dtype(precision), cfg.quantize, cfg.fit)
-    batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=journal.done)
+    batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=len(journal.captions))
     for batch in batches:
         seeds = {name: [photo_seed(cfg.seed, name, photo.stem) for photo in batch] for name in decodings}
         journal.append(batch, model.generate(batch, decodings, seeds), model.text)

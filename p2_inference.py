@@ -12,7 +12,7 @@ again.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from common.config import CommonSettings, check, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
@@ -37,7 +37,7 @@ class Config(CommonSettings):
     """How a caption is chosen; greedy by default."""
     batch_size: PositiveInt = 16
     """Photos captioned at a time."""
-    workers: NonNegativeInt = 2
+    workers: PositiveInt = 2
     """Threads that decode photos ahead."""
     features: Path = Path("runs/features")
     """Folder of features that training stored. They are read, so that those photos are not encoded again."""
@@ -55,7 +55,7 @@ def main(cfg: Config) -> None:
     model = load_captioner(folder)
     model.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
     model.ready(device, torch_dtype(cfg.precision), cfg.features)
-    batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=journal.done)
+    batches = PhotoBatches(journal.missing(photos), cfg.batch_size, cfg.workers, "caption", done=len(journal.captions))
     for batch in batches:
         seeds = {"caption": [photo_seed(cfg.seed, photo.stem) for photo in batch]}
         journal.append(batch, model.generate(batch, decodings, seeds), model.text)

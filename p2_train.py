@@ -30,7 +30,7 @@ from common.files import JsonLines, folder_problems
 from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
 from data.prefetch import prefetch
-from metrics.cider import agreement, find_java
+from metrics.cider import agreement
 from models import training
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.checkpoint import find_checkpoint, load_trained, save_captioner
@@ -118,8 +118,6 @@ def check_settings(cfg: Config) -> None:
         hint = "--resume goes on with it, --overwrite replaces it"
         problems += folder_problems(cfg.output, cfg.overwrite or cfg.resume, hint, marker="config.yaml")
     check(problems)
-    if cfg.consensus:
-        find_java()
 
 
 # ------------------------------------------------------------------------------------------- training

@@ -73,7 +73,7 @@ class Config(CommonSettings):
     """How a caption is chosen; greedy by default."""
     batch_size: PositiveInt = 8
     """Photos at a time."""
-    workers: NonNegativeInt = 2
+    workers: PositiveInt = 2
     """Threads that decode photos ahead."""
     precision: Precision = "float32"
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""
@@ -96,8 +96,6 @@ def check_settings(cfg: Config) -> None:
         problems.append("quantize, fit: these settings are of a vision-language model; expected model with them")
     if cfg.instances and (cfg.quantize != "none" or cfg.unit == "token"):
         problems.append("instances: grounding is of words and redraws weights; expected unit word and quantize none")
-    if cfg.scores and cfg.top + cfg.bottom == 0:
-        problems.append("scores: with top 0 and bottom 0 no photo is left; expected one of them higher")
     if cfg.output.resolve() == cfg.images.resolve():
         problems.append("output: expected another folder than that of the photos, which would be written over")
     if not cfg.pictures and not cfg.instances:
@@ -117,10 +115,10 @@ def choose(photos: list[Photo], cfg: Config) -> tuple[list[Photo], dict[str, str
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
         raise UserError(f"scores: {cfg.scores}: expected a file of evaluate.py's, {cfg.by} in it") from None
     scored = sorted((photo for photo in photos if photo.stem in found), key=lambda photo: -found[photo.stem])
-    if not scored:
-        raise UserError(f"scores: {cfg.scores} scores none of the photos of {cfg.images}")
     notes = {photo.stem: f"worst by {cfg.by}: {found[photo.stem]:.3f}" for photo in scored[::-1][: cfg.bottom]}
     notes |= {photo.stem: f"best by {cfg.by}: {found[photo.stem]:.3f}" for photo in scored[: cfg.top]}
+    if not notes:
+        raise UserError(f"scores: top {cfg.top}, bottom {cfg.bottom} and {cfg.scores} choose no photo of {cfg.images}")
     return [photo for photo in scored if photo.stem in notes], notes
 
 

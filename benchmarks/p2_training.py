@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.measure import Products, Rounds, by_device, interleaved, peak_memory, report, write_photos
 from common.config import run
 from common.device import pick_device
-from data.photos import open_photo
+from data.photos import load_photo
 from models.captioner import Captioner, CaptionerConfig
 from models.decoder import LoraConfig, add_lora
 from models.encoder import EncoderConfig, build_encoder
@@ -133,7 +133,7 @@ def time_in_loop(plain: partial, ours: partial, device: torch.device, rounds: in
     with TemporaryDirectory() as folder:
         photos = write_photos(Path(folder), len(captions), 224, 224)
         cached, *_ = encode_files(encoder, photos, Path(folder))
-        pixels = [encoder.transform(open_photo(photo.path)) for photo in photos for _ in range(CAPTIONS)]
+        pixels = [encoder.transform(load_photo(photo).image) for photo in photos for _ in range(CAPTIONS)]
         pairs = torch.stack(pixels).to(device)
         forms = {
             "encoder in the loop, plain": lambda: plain_step(plain.args[0], encoder(pairs), captions),

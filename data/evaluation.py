@@ -43,7 +43,6 @@ class Inputs:
 
 def read_runs(predictions: list[Path]) -> list[Run]:
     """The captions of each file. A run has its file's name, or the whole path where two files have the same name."""
-    check([] if predictions else ["predictions: expected at least one file"])
     check([f"predictions: {path} is given twice" for path, count in Counter(predictions).items() if count > 1])
     names = [path.name.removesuffix(".json") for path in predictions]
     if len(set(names)) < len(names):
@@ -64,10 +63,8 @@ def read_references(
     data: Path | None, annotations: Path | None, images: Path | None, split: str | None
 ) -> tuple[Path, list[Photo]]:
     """The annotation file, given or found in the folder `data`, and its photos. Raises UserError."""
-    if data and images:
-        raise UserError("images: expected either data or images, got both")
-    if (data is None) == (annotations is None):
-        raise UserError("annotations: expected either annotations or data, got " + ("both" if data else "neither"))
+    if (data is None) == (annotations is None) or (data and images):
+        raise UserError("data: expected either data, or annotations and images, got " + ("both" if data else "neither"))
     if data:
         (annotations, images), split = find_data(data, split or "val"), None
     return annotations, read_annotations(annotations, images, split)
@@ -104,8 +101,7 @@ def match(
 
     scored = [stem for stem in dict.fromkeys([*runs[0].captions, *photos]) if stem in photos and stem not in left_out]
     if not scored:
-        files = " and ".join(str(run.path) for run in runs)
-        raise UserError(f"predictions: no photo of {annotations} has a caption in {files}")
+        raise UserError(f"predictions: no photo of {annotations} has a caption in each run")
     # a caption can be absent here only where `missing` is zero
     runs = [replace(run, captions={stem: run.captions.get(stem, "") for stem in scored}) for run in runs]
     return Inputs(runs, [photos[stem] for stem in scored], references, notices)
@@ -115,14 +111,11 @@ def _notices(run: Run, longest: dict[str, int], undecoded: list[str], absent: li
     broken = [stem for stem, caption in run.captions.items() if len(caption.splitlines()) > 1]
     # CIDEr and BLEU say little about a caption of more than twice the words of any reference
     long = [stem for stem, text in run.captions.items() if len(text.split()) > 2 * longest.get(stem, float("inf"))]
-    kinds = wrong_in_form(run.captions, run.cut) | {
-        "too long for CIDEr and BLEU, which are not made for paragraphs": long
+    found = {
+        "not decoded by the run, left out for all runs": undecoded,
+        f"no caption, {done}": absent,
+        "captions with line breaks, read as spaces": broken,
+        "captions too long for CIDEr and BLEU, which are not made for paragraphs": long,
     }
-    notices = [
-        (undecoded, f"{run.path}: the run could not decode {first_of(undecoded)}: left out for all runs"),
-        (absent, f"{run.path} has no caption for {first_of(absent)}: {done}"),
-        (broken, f"{run.path}: line breaks in the caption of {first_of(broken)}, read as spaces"),
-    ]
-    n = len(run.captions)
-    shares = [f"{run.path}: captions {kind}: {len(of) / n:.1%}, {first_of(of)}" for kind, of in kinds.items() if of]
-    return [text for stems, text in notices if stems] + shares
+    found |= {f"captions {kind}": stems for kind, stems in wrong_in_form(run.captions, run.cut).items()}
+    return [f"{run.path}: {about}: {first_of(stems)}" for about, stems in found.items() if stems]

@@ -207,14 +207,13 @@ def read_contents(where: object, text: str, captioned: bool = True) -> Contents 
     is of no form gives None.
     """
     content, file = parse(where, text), Contents(captioned)
-    read = next((read for _, tells, read in FORMS if tells(content)), None)
-    if read is None:
+    forms = [(name, read) for name, tells, read in FORMS if tells(content)]
+    if not forms:
         if isinstance(content, str) and not captioned:
             return None
         raise UserError(f"{where}: {'not a known form' if text.strip() else 'empty'}; expected {EXPECTED}")
-    try:
+    name, read = forms[0]
+    with file.at(name):
         read(file, content)
-    except Fault as fault:
-        file.faults.append(str(fault))
     check([f"{where}: {fault}" for fault in file.faults[:1]] + file.faults[1:])
     return file

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError, flatten
+from common.config import UserError, changes, check
 from common.files import JsonLines, check_output
 from data.photos import BadPhoto, LoadedPhoto, Photo
 from data.predictions import write_predictions, wrong_in_form
@@ -45,16 +45,11 @@ class Journal:
             before, *photos = self.file.rows() or [self.settings]
             for stem, found in photos:
                 self.captions[stem] = {name: ("" + found[name][0], bool(found[name][1])) for name in before}
-            changed = _changed(before, self.settings)
+            old, new = ({"decoding": list(settings)} | settings for settings in (before, self.settings))
         except (UserError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"output: {self.file.path} is no journal of captions; --overwrite begins anew") from None
-        if changed:
-            raise UserError(f"output: {self.file.path} was begun with {changed}; --overwrite begins anew")
-
-    @property
-    def done(self) -> int:
-        """How many photos have their captions."""
-        return len(self.captions)
+        hint = f"{self.file.path} was begun with other settings, --overwrite begins anew"
+        check([f"output: {hint}: {key} {change}" for key, change in changes(old, new).items()], shown=1)
 
     def missing(self, photos: Sequence[Photo]) -> list[Photo]:
         """Those of `photos` that have no captions yet."""
@@ -93,12 +88,3 @@ class Journal:
         self.file.path.unlink(missing_ok=True)
         if skipped:
             print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {', '.join(skipped)}")
-
-
-def _changed(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> str:
-    """The first setting that differs, as `KEY OLD, now NEW`; empty where none does."""
-    if before.keys() != now.keys():
-        return f"decoding {' '.join(before)}, now {' '.join(now)}"
-    old, new = flatten(before), flatten(now)
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return "".join(f"{key.partition('.')[2]} {old.get(key)}, now {new.get(key)}" for key in changed[:1])

@@ -70,19 +70,12 @@ class LoadedPhoto:
         return self.photo.stem
 
 
-def open_photo(path: Path) -> Image.Image:
-    """The photo at `path`, decoded to its last byte, as an upright RGB image (8 bits a channel).
-
-    EXIF rotation is applied, transparency is laid on white, 16-bit and wider grey is scaled to 8 bits, and of an
-    animation the first frame is taken. Raises BadPhoto for what cannot be decoded or has more than 178,956,970 pixels.
-    """
-    return load_photo(Photo(path.stem, path)).image
-
-
 def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> LoadedPhoto:
-    """Read the file of `photo` once: hash its bytes, and decode them as `open_photo` does unless the hash is `known`.
+    """Read the file of `photo` once: hash its bytes, and decode them to the last one unless the hash is `known`.
 
-    Raises BadPhoto.
+    The image is upright RGB (8 bits a channel): EXIF rotation is applied, transparency is laid on white, 16-bit and
+    wider grey is scaled to 8 bits, and of an animation the first frame is taken. Raises BadPhoto for what cannot be
+    decoded or has more than 178,956,970 pixels.
     """
     path, content = photo.path, b""
     if path is None:

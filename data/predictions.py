@@ -41,11 +41,10 @@ def wrong_in_form(captions: dict[str, str], cut: frozenset[str] = frozenset()) -
     """
     words = {stem: caption.lower().split() for stem, caption in captions.items()}
     counts = {stem: Counter(zip(own, own[1:], own[2:], own[3:])) for stem, own in words.items()}
-    repeating = [stem for stem, grams in counts.items() if max(grams.values(), default=0) >= 3]
     return {
         "empty": [stem for stem, own in words.items() if not own],
         "cut": [stem for stem in captions if stem in cut],
-        "repeating": repeating,
+        "repeating": [stem for stem, grams in counts.items() if max(grams.values(), default=0) >= 3],
     }
 
 

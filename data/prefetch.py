@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
@@ -12,20 +12,12 @@ Item, Ready = TypeVar("Item"), TypeVar("Ready")
 def prefetch(
     items: Iterable[Item], prepare: Callable[[Item], Ready], workers: int = 1, waiting: int = 1
 ) -> Iterator[Ready]:
-    """`prepare(item)` for each item in turn, up to `waiting` of them begun before they are asked for.
-
-    With 0 workers each is prepared when it is asked for.
-    """
-    if workers <= 0:
-        yield from map(prepare, items)
-        return
+    """`prepare(item)` for each item in turn, up to `waiting` of them begun before they are asked for."""
     pool, upcoming = ThreadPoolExecutor(workers), iter(items)
-    begun: deque[Future] = deque()
     try:
-        while True:
-            begun.extend(pool.submit(prepare, item) for item in islice(upcoming, waiting + 1 - len(begun)))
-            if not begun:
-                return
+        begun = deque(pool.submit(prepare, item) for item in islice(upcoming, waiting + 1))
+        while begun:
             yield begun.popleft().result()
+            begun.extend(pool.submit(prepare, item) for item in islice(upcoming, 1))
     finally:
         pool.shutdown(cancel_futures=True)

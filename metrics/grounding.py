@@ -174,7 +174,7 @@ class GroundingTable:
         for (key, found), metric in itertools.product(differences.items(), ("match_at_1", "pair_win", "pointing")):
             first, second = scores[key.removeprefix("less_")][metric], scores[method][metric]
             if first.photos:
-                found[metric] = change = paired(first, second, list(first.parts), self.seed)._asdict()
+                found[metric] = change = paired(first, second, list(first.parts), self.seed)
                 values = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]  p {p:.4f}".format_map(change)
                 lines.append(f"{metric}, {method} {key.replace('_', ' ', 1)}: {values}")
         parts = self.parts[method]
@@ -185,9 +185,8 @@ class GroundingTable:
         return {"method": method, **counts, "rows": rows, **differences}, "\n".join(lines)
 
     def _with_interval(self, score: Score) -> dict:
-        if not score.photos:
-            return {"score": None, "interval": None}
-        return {"score": score.corpus, "interval": list(interval(score, list(score.parts), self.seed))}
+        ends = interval(score, list(score.parts), self.seed) if score.photos else None
+        return {"score": score.corpus if score.photos else None, "interval": ends}
 
 
 def _mean_over_objects(parts: dict[str, np.ndarray]) -> Score:
@@ -196,5 +195,5 @@ def _mean_over_objects(parts: dict[str, np.ndarray]) -> Score:
     return Score(float(ratio(np.array(list(parts.values())).sum(axis=0))), photos, parts)
 
 
-def _to_text(score: float | None, interval: list[float] | None) -> str:
+def _to_text(score: float | None, interval: tuple[float, float] | None) -> str:
     return "none" if interval is None else f"{score:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"

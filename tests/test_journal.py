@@ -31,7 +31,7 @@ def photos(tmp_path) -> list:
 
 def caption_all(output: Path, photos: list, stop_after: int = 99, **settings) -> list:
     journal = Journal(output, {name: {"model": "m", "decoding": LIMIT} | settings for name in ("a", "b")})
-    batches, seen = PhotoBatches(journal.missing(photos), 2, 1, "caption", journal.done), []
+    batches, seen = PhotoBatches(journal.missing(photos), 2, 1, "caption", len(journal.captions)), []
     for batch in batches:
         if len(seen) == stop_after:
             raise KeyboardInterrupt
@@ -91,9 +91,9 @@ def test_a_journal_of_other_settings_is_refused_by_name(tmp_path, photos):
     output = tmp_path / "x.json"
     with pytest.raises(KeyboardInterrupt):
         caption_all(output, photos, 1, seed=0)
-    with pytest.raises(UserError, match="x.journal.jsonl was begun with seed 0, now 1; --overwrite begins anew"):
+    with pytest.raises(UserError, match="other settings, --overwrite begins anew: a.seed was 0, is 1; and 1 more"):
         caption_all(output, photos, seed=1)
-    with pytest.raises(UserError, match="begun with decoding a b, now a; --overwrite begins anew"):
+    with pytest.raises(UserError, match=r"begins anew: decoding was \['a', 'b'\], is \['a'\]$"):
         Journal(output, {"a": {"model": "m", "decoding": LIMIT, "seed": 0}})
     for lines in ("{}\nnot a caption\n", '{"a": {}}\n["p0", {}]\n', "[]\n", '{"a": {}}\n["p0", {"a": null}]\n'):
         (tmp_path / "x.journal.jsonl").write_text(lines)
@@ -109,7 +109,7 @@ def test_a_single_decoding_writes_the_output_itself_and_outputs_are_not_replaced
     for batch in batches:
         ids = [[int(loaded.stem[1:])] * (10 if loaded.stem in ("p2", "p6") else 9) for loaded in batch]
         journal.append(batch, {"best": ids}, lambda ids: ODD.get(ids[0], "a dog"))
-    assert journal.done == 6 and [photo.stem for photo in journal.missing(photos)] == ["p3"]
+    assert len(journal.captions) == 6 and [photo.stem for photo in journal.missing(photos)] == ["p3"]
     capsys.readouterr()
     journal.finish(photos, batches.bad, {})
     assert capsys.readouterr().out == (

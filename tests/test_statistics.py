@@ -34,7 +34,7 @@ def test_p_is_uniform_under_no_difference():
     for _ in range(500):
         photo = rng.gamma(2, 0.5, len(STEMS))
         one, two = (photo + rng.normal(0, 0.3, len(STEMS)) for _ in range(2))
-        found.append(paired(scores(one), scores(two), STEMS).p)
+        found.append(paired(scores(one), scores(two), STEMS)["p"])
     steps = np.arange(len(found) + 1) / len(found)
     distance = max(np.abs(np.sort(found) - steps[:-1]).max(), np.abs(np.sort(found) - steps[1:]).max())
     assert distance < 1.628 / math.sqrt(len(found))
@@ -42,7 +42,7 @@ def test_p_is_uniform_under_no_difference():
 
 def test_the_same_run_differs_by_nothing():
     one = scores(np.random.default_rng(0).random(len(STEMS)))
-    assert paired(one, one, STEMS) == (0.0, 0.0, 0.0, 1.0)
+    assert paired(one, one, STEMS) == {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,12 @@ def test_five_percent_of_swapped_captions_are_found(captioned):
     references, captions, swapped = captioned
     one, two = (Score(*cider(references, run)) for run in (captions, swapped))
     found = paired(one, two, list(captions))
-    assert found.low < found.difference < found.high < 0 and found.p < 0.01
+    assert found["low"] < found["difference"] < found["high"] < 0 and found["p"] < 0.01
     # the paired interval is narrower than two intervals of their own would make it
     widths = [high - low for low, high in (interval(score, list(captions)) for score in (one, two))]
-    assert found.high - found.low < 0.6 * math.hypot(*widths)
+    assert found["high"] - found["low"] < 0.6 * math.hypot(*widths)
     for n, score in bleu(references, captions).items():
-        assert paired(score, bleu(references, swapped)[n], list(captions)).p < 0.01
+        assert paired(score, bleu(references, swapped)[n], list(captions))["p"] < 0.01
 
 
 def test_bleu_of_sums_is_the_corpus_score(captioned):

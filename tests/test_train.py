@@ -28,7 +28,7 @@ from common.config import UserError, parse_config
 from common.files import JsonLines
 from data.annotations import find_photos, read_annotations
 from data.batches import batch_tokens, epoch_batches
-from data.photos import Photo, open_photo
+from data.photos import Photo, load_photo
 from data.prefetch import prefetch
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner
 from models.decoder import LoraConfig
@@ -211,7 +211,7 @@ def test_features_are_encoded_once_and_survive_a_kill(captioner_config, data_roo
     monkeypatch.setattr(type(encoder), "forward", lambda *_: pytest.fail("encoded twice"))
     again, *_ = encode_files(encoder, photos, tmp_path)
     monkeypatch.undo()
-    pixels = torch.stack([encoder.transform(open_photo(photo.path)) for photo in photos])
+    pixels = torch.stack([encoder.transform(load_photo(photo).image) for photo in photos])
     expected = encoder(pixels).half()
     torch.testing.assert_close(again[range(8)], expected, atol=2e-3, rtol=2e-3)
     assert torch.equal(every[range(7, -1, -1)], again[range(8)]) and torch.equal(first[[4, 1]], again[[4, 1]])

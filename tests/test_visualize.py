@@ -112,7 +112,7 @@ def test_grounding_of_given_captions(scene, llava_folder, which, capsys):
         ({"scores": Path("nowhere.json")}, "nowhere.json: no such file or directory; expected scores of evaluate.py"),
         ({"instances": Path("captions.json")}, "instances: .*captions.json: 'categories' is missing"),
         ({"scores": Path("instances.json")}, "scores: .*: expected a file of evaluate.py's, clipscore in it"),
-        ({"scores": Path("scores.json"), "top": 0, "bottom": 0}, "scores: with top 0 and bottom 0 no photo is left"),
+        ({"scores": Path("scores.json"), "top": 0, "bottom": 0}, "top 0, bottom 0 and .*scores.json choose no photo"),
         ({"instances": Path("instances.json"), "unit": "token"}, "instances: grounding is of words"),
         ({"instances": Path("odd.json")}, r"segmentation of annotation None is \[\[1, 2\]\]; expected polygons"),
         ({"overwrite": True, "output": "photos"}, "output: expected another folder than that of the photos"),

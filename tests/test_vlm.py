@@ -16,7 +16,7 @@ from PIL import Image
 import p1_llava_caption
 from common.config import NothingDone, UserError
 from data.annotations import find_photos
-from data.photos import load_photo, open_photo
+from data.photos import load_photo
 from data.predictions import read_predictions
 from models.decoding import Decoding, until_eos
 from models.vlm import PROMPT, VisionLanguageModel, load_vlm
@@ -46,7 +46,7 @@ def test_greedy_captions_are_those_of_a_plain_script(llava_folder, photos, tmp_p
     prompt = "USER: <image> Provide a one-sentence caption for the provided image. ASSISTANT:"
     plain = {}
     for photo in find_photos(photos):
-        inputs = processor(images=open_photo(photo.path), text=prompt, return_tensors="pt")
+        inputs = processor(images=load_photo(photo).image, text=prompt, return_tensors="pt")
         assert (inputs["input_ids"] == model.config.image_token_id).sum() == 576
         ids = model.generate(**inputs, max_new_tokens=50, do_sample=False)
         text = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
