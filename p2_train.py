@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common.config import CommonSettings, UserError, check, flatten, run, stop_signals
 from common.device import Precision, memory_used, pick_device, torch_dtype
-from common.files import JsonLines, folder_problems
+from common.files import JsonLines, folder_problems, lock
 from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
 from data.prefetch import prefetch
@@ -303,7 +303,6 @@ def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
     if cfg.precision == "fp16" and device.type != "cuda":
         raise UserError(f"precision: fp16 trains on CUDA alone, the device is {device}; expected bf16 or float32")
-    state = resumed_state(cfg)
     val_source = cfg.val_annotations, cfg.val_images or cfg.images
     photos, val_photos = read_splits(cfg.data, (cfg.annotations, cfg.images), val_source, cfg.limit, cfg.val_limit)
 
@@ -312,6 +311,8 @@ def main(cfg: Config) -> None:
     precision = "no" if cfg.precision == "float32" else cfg.precision
     where = {"log_with": cfg.tracker, "project_dir": cfg.output}
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **where)
+    unlock = lock(cfg.output) if accelerator.is_main_process else lambda: None
+    state = resumed_state(cfg)
     torch.manual_seed(cfg.seed)
     captioner = build_captioner(model)
     captioner.encoder.to(accelerator.device)
@@ -334,6 +335,7 @@ def main(cfg: Config) -> None:
     accelerator.init_trackers("captioning", {name: str(value) for name, value in flatten(settings_of(cfg)).items()})
     trainer.run()
     accelerator.end_training()
+    unlock()
     accelerator.print(f"captioner: {find_checkpoint(cfg.output)}")
 
 

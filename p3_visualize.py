@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.config import CommonSettings, NothingDone, UserError, check, plain, run
 from common.device import Precision, pick_device, torch_dtype
-from common.files import check_output, folder_problems, read_text, write_json
+from common.files import check_apart, check_output, folder_problems, read_text, write_json
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.photos import LoadedPhoto, Photo, PhotoBatches
@@ -96,8 +96,6 @@ def check_settings(cfg: Config) -> None:
         problems.append("quantize, fit: these settings are of a vision-language model; expected model with them")
     if cfg.instances and (cfg.quantize != "none" or cfg.unit == "token"):
         problems.append("instances: grounding is of words and redraws weights; expected unit word and quantize none")
-    if cfg.output.resolve() == cfg.images.resolve():
-        problems.append("output: expected another folder than that of the photos, which would be written over")
     if not cfg.pictures and not cfg.instances:
         problems.append("pictures: false leaves the grounding scores alone to be done; expected instances with it")
     problems += folder_problems(cfg.output, cfg.overwrite, "give another name, or --overwrite to write into it")
@@ -190,6 +188,7 @@ def read_inputs(cfg: Config) -> tuple[list[Photo], dict[str, str], Instances | N
         photos = read_annotations(cfg.annotations, cfg.images, limit=cfg.limit)
     else:
         photos = find_photos(cfg.images, limit=cfg.limit)
+    check_apart([cfg.output / f"{photo.stem}.png" for photo in photos], [photo.path for photo in photos])
     photos, notes = choose(photos, cfg)
     instances = read_instances(cfg.instances) if cfg.instances else None
     if instances and not any(photo.stem in instances.objects for photo in photos):

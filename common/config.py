@@ -130,7 +130,10 @@ def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]
 def _read_yaml(key: str, file: str) -> dict[str, Any]:
     expected = f"{key}: {file}: expected YAML lines of `key: value`"
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
+        text = Path(file).read_text(encoding="utf-8-sig")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("aliases (*NAME) are not read, since a few of them can stand for gigabytes")
+        values = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{expected}: {error}") from None
     if not isinstance(values, dict):
@@ -230,11 +233,13 @@ def stop_signals() -> Iterator[list[int]]:
 def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | None = None) -> None:
     """Parse the command line, call `main` with it and end the process with the suite's exit codes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows `?` for what it lacks
     name = Path(sys.argv[0]).name
     try:
         main(parse_config(Config, aliases=aliases))
-    except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RecursionError) as error:  # full disks, paths that the system refuses
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"{name}: error: {text[:2000]}", file=sys.stderr)
         sys.exit(2)
     except NothingDone as error:
         print(f"{name}: {error}", file=sys.stderr)

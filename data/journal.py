@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import UserError, changes, check
-from common.files import JsonLines, check_output
+from common.files import JsonLines, check_output, lock
 from data.photos import BadPhoto, LoadedPhoto, Photo
 from data.predictions import write_predictions, wrong_in_form
 
@@ -34,6 +34,7 @@ class Journal:
         self.captions: dict[str, dict[str, tuple[str, bool]]] = {}
         """{stem: {name of the decoding: (caption, whether it ended at the last allowed token)}}"""
         check_output(self.file.path, overwrite=True)
+        self.unlock = lock(output)
         if overwrite:
             self.file.path.unlink(missing_ok=True)
         self._read()
@@ -86,5 +87,6 @@ class Journal:
             wrong = ", ".join(f"{len(found)} {kind}" for kind, found in form.items() if found)
             print(f"{len(stems)} captions in {path}" + (f"; of these, wrong in form: {wrong}" if wrong else ""))
         self.file.path.unlink(missing_ok=True)
+        self.unlock()
         if skipped:
             print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {', '.join(skipped)}")

@@ -1,6 +1,7 @@
 """Heatmaps of captions: a PNG for each photo, with a tile for each word, and one HTML page of all photos."""
 
 import base64
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
         axes.set(xlim=(0, width), ylim=(height, 0))
         unit = photo.units[i]
         axes.set_title(f"{unit.text or '(end)'}  p {unit.probability:.2f}", fontsize=9, parse_math=False)
-    figure.suptitle(f"{photo.caption}\n{photo.note}".strip(), fontsize=10, wrap=True, parse_math=False)
+    # not wrapped by matplotlib, which reads what stands between dollar signs as mathematics when it wraps
+    title = textwrap.fill(photo.caption, round(13 * figure.get_figwidth()))
+    figure.suptitle(f"{title}\n{photo.note}".strip(), fontsize=10, parse_math=False)
     bar = figure.colorbar(ScalarMappable(cmap=COLOURS), ax=list(tiles), alpha=OPACITY, shrink=0.6, aspect=30, pad=0.01)
     bar.set_label(f"{method}; 1 is the highest 1% of this caption", fontsize=8)
     with written_whole(file) as part:

@@ -18,6 +18,7 @@ from common.files import (
     check_output,
     folder_written_whole,
     kept_folder,
+    lock,
     remove_folder,
     restore_folder,
     written_whole,
@@ -156,6 +157,8 @@ def test_mistakes(args, message):
     ("part: {rank: 8, rnk: 3}", "part.rnk: unknown setting; did you mean part.rank?"),
     ("- a", "config: FILE: expected YAML lines of `key: value`, got ['a']"),
     ("", "config: FILE: expected YAML lines of `key: value`, got None"),
+    ("names: &a [x]\nfolder: *a", "config: FILE: expected YAML lines of `key: value`: aliases (*NAME) are not read, "
+     "since a few of them can stand for gigabytes"),
 ])  # fmt: skip
 def test_mistakes_in_a_file(tmp_path, text, message):
     file = tmp_path / "settings.yaml"
@@ -189,6 +192,7 @@ class Config:
 def main(cfg):
     if cfg.how == "mistake": raise UserError("how: expected\\nsomething else")
     if cfg.how == "nothing": raise NothingDone("none of 3 photos could be decoded")
+    if cfg.how == "full": raise OSError(28, "No space left on device", "x.json")
     if cfg.how == "fault": raise ZeroDivisionError
     if cfg.how == "int": os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
     if cfg.how == "term": os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)
@@ -201,12 +205,13 @@ def test_exit_codes_and_single_lines(tmp_path):
     started = {
         args: subprocess.Popen([sys.executable, tmp_path / "script.py", *args], stderr=subprocess.PIPE, text=True,
                                env={"PYTHONPATH": ".", "PATH": ""})
-        for args in ((), *(("--how", how) for how in ("mistake", "nothing", "fault", "int", "term")), ("--who", "x"))
+        for args in ((), ("--who", "x"), *(("--how", how) for how in "mistake nothing full fault int term".split()))
     }  # fmt: skip
     done = {args: (process.communicate()[1], process.returncode) for args, process in started.items()}
     assert done[()] == ("", 0)
     assert done["--how", "mistake"] == ("script.py: error: how: expected something else\n", 2)
     assert done["--how", "nothing"] == ("script.py: none of 3 photos could be decoded\n", 3)
+    assert done["--how", "full"] == ("script.py: error: [Errno 28] No space left on device: 'x.json'\n", 2)
     assert done["--how", "int"] == ("", 130)
     assert done["--how", "term"] == ("", 128 + signal.SIGTERM)
     assert done["--who", "x"] == ("script.py: error: who: unknown setting; did you mean how?\n", 2)
@@ -328,3 +333,28 @@ def test_device_that_is_not_there():
     for name in ("no_such_device", "cuda:99"):
         with pytest.raises(UserError, match=f"device: '{name}' is not available"):
             pick_device(name)
+
+
+LOCKED = """
+import sys, time
+from pathlib import Path
+from common.files import lock
+lock(Path(sys.argv[1])), print("locked", flush=True), time.sleep(60)
+"""
+
+
+def test_a_lock_is_of_one_process_and_ends_with_it(tmp_path):
+    command = [sys.executable, "-c", LOCKED, tmp_path / "x.json"]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, env={"PYTHONPATH": ".", "PATH": ""})
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(UserError, match="output: another run is writing .*x.json"):
+        lock(tmp_path / "x.json")
+    other.kill(), other.wait()
+    lock(tmp_path / "x.json")()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as in a folder of mode 555
+    with pytest.raises(UserError, match="^output: .*run.lock cannot be written: no permission"):
+        lock(tmp_path / "run")

@@ -103,6 +103,16 @@ def test_grounding_of_given_captions(scene, llava_folder, which, capsys):
     assert objects == {"one": ["red box", "wall"], "two": ["red box"], "three": []}
 
 
+def test_a_caption_with_dollar_signs_is_drawn_as_it_is(scene):
+    """matplotlib would read what stands between two of them as mathematics."""
+    photos = [("one", "a man with a $$ sign on his shirt"), ("two", "$5 and $10"), ("three", r"\frac{a $ ^_^ $")]
+    images = [{"id": stem, "file_name": f"{stem}.png"} for stem, _ in photos]
+    captions = [{"image_id": stem, "caption": caption} for stem, caption in photos]
+    write_json(scene / "dollars.json", {"images": images, "annotations": captions})
+    out = visualize(scene, annotations=scene / "dollars.json")
+    assert sorted(path.stem for path in out.glob("*.png")) == ["one", "three", "two"]
+
+
 @pytest.mark.parametrize(
     "settings, said",
     [
@@ -115,7 +125,10 @@ def test_grounding_of_given_captions(scene, llava_folder, which, capsys):
         ({"scores": Path("scores.json"), "top": 0, "bottom": 0}, "top 0, bottom 0 and .*scores.json choose no photo"),
         ({"instances": Path("instances.json"), "unit": "token"}, "instances: grounding is of words"),
         ({"instances": Path("odd.json")}, r"segmentation of annotation None is \[\[1, 2\]\]; expected polygons"),
-        ({"overwrite": True, "output": "photos"}, "output: expected another folder than that of the photos"),
+        (
+            {"overwrite": True, "output": "photos"},
+            "output: .*photos/one.png is read by this command; give another name",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(scene, settings, said):
