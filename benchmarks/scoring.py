@@ -57,9 +57,8 @@ def time_cider(cfg: Rounds) -> tuple[dict[str, float], bool]:
         tokenize_lines.cache_clear()  # as in a first run
         return cider(references, captions)[1]
 
-    seconds, scores = interleaved(
-        {"cider_plain": lambda: official_cider(references, captions), "cider": ours}, cfg.rounds
-    )
+    forms = {"cider_plain": lambda: official_cider(references, captions), "cider": ours}
+    seconds, scores = interleaved(forms, cfg.rounds)
     return seconds, scores["cider"] == scores["cider_plain"]
 
 
