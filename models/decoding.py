@@ -103,11 +103,12 @@ class InverseTransform(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, L) ids, (B, V) logits -> (B, V): 0 for the word that was drawn, -inf for all others"""
-        # in float64, since rounding must not give a share to words that have none
-        shares = scores.float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-        numbers = next(self.numbers).to(scores.device)[:, None]
+        shares = scores.float().softmax(dim=-1)
+        shares = shares.cpu() if shares.device.type == "mps" else shares  # MPS knows no float64
+        shares = shares.cumsum(dim=-1, dtype=torch.float64)  # or rounding would give a share to words that have none
+        numbers = next(self.numbers).to(shares.device)[:, None]
         drawn = torch.searchsorted(shares, numbers * shares[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, float("-inf")).scatter_(1, drawn, 0.0)
+        return torch.full_like(scores, float("-inf")).scatter_(1, drawn.to(scores.device), 0.0)
 
 
 def processors(decoding: Decoding, seeds: Sequence[int], prompt: Tensor, eos: EndTokens) -> LogitsProcessorList:
