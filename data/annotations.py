@@ -170,16 +170,14 @@ def _in_folder(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / name, folder / Path(name).name) if os.path.isfile(path)), None)
 
 
-def _folders_beside(annotations: Path) -> list[Path]:
-    """Where photos usually lie: ours, COCO's, the two of Flickr8k, and that of Flickr30k."""
-    root, part = annotations.parent, annotations.stem.rpartition("_")[2]  # captions_val2017 -> val2017
-    names = (f"images/{part}", "images", part, "Images", "Flicker8k_Dataset", "flickr30k_images", "")
-    return [folder for folder in (*(root / name for name in names), root.parent / part) if os.path.isdir(folder)]
-
-
 def _beside(annotations: Path, names: list[str]) -> list[Path] | None:
-    """The files of all `names` in one folder where the photos of an annotation file are usually kept."""
-    for folder in _folders_beside(annotations):
+    """The files of all `names` in one folder where the photos of an annotation file are usually kept.
+
+    Such folders are ours, COCO's, the two of Flickr8k, and that of Flickr30k.
+    """
+    root, part = annotations.parent, annotations.stem.rpartition("_")[2]  # captions_val2017 -> val2017
+    inside = (f"images/{part}", "images", part, "Images", "Flicker8k_Dataset", "flickr30k_images", "")
+    for folder in (*(root / name for name in inside), root.parent / part):
         paths = list(takewhile(bool, (_in_folder(folder, name) for name in names)))
         if len(paths) == len(names):
             return paths
