@@ -7,7 +7,8 @@
 
 Stage `align` trains the projector alone, stage `finetune` the projector and LoRA. A run folder holds config.yaml,
 metrics.jsonl, loss.png, best/ (lowest validation loss) and last/ (where `--resume` goes on, also inside an epoch).
-SIGTERM or Ctrl-C lets the step end, saves and stops; a second one stops at once.
+SIGTERM or Ctrl-C lets the step end, saves and stops; a second one stops at once. Of several processes, each stops at
+once, and the run goes on from its last save.
 """
 
 import math
@@ -131,14 +132,15 @@ class Trainer:
         self.model = captioner  # as accelerate wraps it, once a stage has begun
         training.prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
         self.state = {"stage": next(iter(training.STAGES)), "epoch": 0, "step": 0, "best": math.inf, "logged": 0}
-        self.state |= {"steps": 0, "pending": []}  # of all stages; (loss, tokens) of those that are not yet logged
+        # steps: of all stages; pending: (loss, tokens) of those that are not yet logged
+        self.state |= {"processes": accelerator.num_processes, "steps": 0, "pending": []}
         self.stopped_by: list[int] = []  # the signal that asks to stop
         self.log = JsonLines(cfg.output / "metrics.jsonl")
 
     def run(self) -> None:
         """Train the stages from where `state` says."""
         names = list(training.STAGES)
-        with stop_signals() as self.stopped_by:
+        with stop_signals() if self.accelerator.num_processes == 1 else nullcontext([]) as self.stopped_by:
             for name in names[names.index(self.state["stage"]) :]:
                 self.state["stage"] = name
                 self.train_stage(name)
@@ -273,11 +275,14 @@ class Trainer:
 
     def save_last(self, parts: dict) -> None:
         """Write last/, where the run can go on; `parts` are what has a state_dict."""
-        if not all(p.isfinite().all() for p in self.captioner.parameters() if p.requires_grad):
-            raise UserError("weights are no longer finite, so they are not saved; a lower lr may help")
-        if self.accelerator.is_main_process:
+        accelerator, trained = self.accelerator, [p for p in self.captioner.parameters() if p.requires_grad]
+        if not all(values.isfinite().all() for values in (*trained, *(loss for loss, _ in self.state["pending"]))):
+            raise UserError("weights or losses are no longer finite, so nothing is saved; a lower lr may help")
+        if accelerator.is_main_process:
             self.state |= {"logged": len(self.log.rows()), "rng": torch.get_rng_state()}
-            self.state["cuda_rng"] = torch.cuda.get_rng_state_all()
+            self.state["processes"] = accelerator.num_processes
+            if accelerator.device.type == "cuda":
+                self.state["cuda_rng"] = torch.cuda.get_rng_state(accelerator.device)
             trainer = self.state | {name: part.state_dict() for name, part in parts.items()}
             save_captioner(self.captioner, self.cfg.output / "last", extra={"trainer.pt": trainer})
 
@@ -311,8 +316,10 @@ def main(cfg: Config) -> None:
     precision = "no" if cfg.precision == "float32" else cfg.precision
     where = {"log_with": cfg.tracker, "project_dir": cfg.output}
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **where)
-    unlock = lock(cfg.output) if accelerator.is_main_process else lambda: None
+    unlock = lock(cfg.output / "metrics.jsonl") if accelerator.is_main_process else lambda: None
     state = resumed_state(cfg)
+    if state and state.get("step") and state["processes"] != accelerator.num_processes:
+        raise UserError(f"resume: inside an epoch, expected {state['processes']} processes, as when it was saved")
     torch.manual_seed(cfg.seed)
     captioner = build_captioner(model)
     captioner.encoder.to(accelerator.device)
@@ -326,7 +333,9 @@ def main(cfg: Config) -> None:
     if state:
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
-        torch.cuda.set_rng_state_all(state.pop("cuda_rng", []))
+        cuda_rng = state.pop("cuda_rng", None)
+        if cuda_rng is not None and accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda_rng, accelerator.device)
     trainer = Trainer(cfg, accelerator, captioner, train, val)
     trainer.state |= state or {}
     if accelerator.is_main_process:

@@ -46,7 +46,7 @@ def check_apart(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
 
 
 def lock(path: Path) -> Callable[[], None]:
-    """Keep the output `path`, a file or a folder, until the process ends or calls what is returned.
+    """Keep the output file `path` until the process ends or calls what is returned.
 
     Raises UserError where another process has it, or where nothing can be written; a dead process has nothing.
     """
@@ -59,9 +59,10 @@ def lock(path: Path) -> Callable[[], None]:
         raise UserError(f"output: another run is writing {path}; wait for it, or give another name") from None
 
     def unlock() -> None:
-        with suppress(OSError):  # Windows deletes no open file
-            file.unlink()
-        held.release(force=True)
+        if held.is_locked:
+            with suppress(OSError):  # Windows deletes no open file
+                file.unlink()
+            held.release(force=True)
 
     return atexit.register(unlock)
 
@@ -75,7 +76,7 @@ def folder_problems(folder: Path | None, replace: bool, hint: str, marker: str |
         return ["output: required, not given"]
     if folder.exists() and not folder.is_dir():
         return [f"output: {folder} is a file; expected the name of a folder"]
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(path.suffix != ".lock" for path in folder.iterdir()):
         return []
     if marker and not (folder / marker).exists():
         return [f"output: {folder} holds something other than a run; give another name"]

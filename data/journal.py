@@ -47,7 +47,7 @@ class Journal:
             for stem, found in photos:
                 self.captions[stem] = {name: ("" + found[name][0], bool(found[name][1])) for name in before}
             old, new = ({"decoding": list(settings)} | settings for settings in (before, self.settings))
-        except (UserError, ValueError, TypeError, KeyError, AttributeError):
+        except (UserError, ValueError, TypeError, LookupError, AttributeError):
             raise UserError(f"output: {self.file.path} is no journal of captions; --overwrite begins anew") from None
         hint = f"{self.file.path} was begun with other settings, --overwrite begins anew"
         check([f"output: {hint}: {key} {change}" for key, change in changes(old, new).items()], shown=1)

@@ -116,7 +116,7 @@ def _load_course_form(folder: Path, load_weights: bool) -> tuple[nn.Module, obje
     with loading(f"{weights}: expected GPT-2 small's state dict", local=True):
         state = torch.load(weights, map_location="cpu", weights_only=True)
         state.pop("lm_head.weight", None)  # tied to the words
-        lm = load_whole(str(weights), GPT2LMHeadModel, None, config=shape, state_dict=state)
+        lm = load_whole(str(weights), GPT2LMHeadModel, None, config=shape, state_dict=state, dtype=torch.float32)
     return lm.eval(), tokenizer
 
 

@@ -284,7 +284,8 @@ def generate_plainly(
     model: nn.Module, inputs: dict[str, Tensor], decoding: Decoding, seeds: Sequence[int], eos: EndTokens, pad: int
 ) -> list[list[int]]:
     """Captions by transformers' `generate` alone, which every family has, Q-Formers and encoder-decoders too."""
-    config, steps = generation_config(decoding, eos, pad), processors(decoding, seeds, inputs["input_ids"], eos)
+    begun = inputs["input_ids"][:, : 1 if model.config.is_encoder_decoder else None]  # what the decoder starts with
+    config, steps = generation_config(decoding, eos, pad), processors(decoding, seeds, begun, eos)
     out = model.generate(**inputs, generation_config=config, logits_processor=steps)
     length = inputs["input_ids"].shape[1]
     begins = length if out[:, :length].equal(inputs["input_ids"]) else int(model.config.is_encoder_decoder)

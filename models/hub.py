@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,23 +39,27 @@ def loading(what: str, local: bool, unavailable: type[Exception] = UserError) ->
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own (trust_remote_code), which is never run"
         elif not local and constants.HF_HUB_OFFLINE and isinstance(error, (OSError, RuntimeError, ValueError)):
-            reason = "the hub does not answer and no local cache has it; a local folder can be given instead"
+            reason = f"the hub does not answer, no local cache has it ({reason}); a local folder can be given instead"
         raise (UserError if local else unavailable)(f"{what}: {reason}") from error
     finally:
         logging.disable(level)
         sys.stdin, constants.HF_HUB_OFFLINE = stdin, offline
 
 
+# What some files hold beside the weights: classifiers, and constants that earlier releases of transformers saved.
+SPARE = r"(classifier|score)\.|.*\.(masked_bias|attn\.attention\.bias|position_ids|inv_freq)$"
+
+
 def load_whole(what: str, kind: type, where: str | None, **options: Any):
     """A model of transformers, `kind.from_pretrained(where)`; no code beside its weights is run.
 
-    Raises UserError, which begins with `what`, where a tensor is missing, left over (but a classifier's) or misshapen.
+    Raises UserError, which begins with `what`, where a tensor is missing, left over (but see SPARE) or misshapen.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     model, report = kind.from_pretrained(where, **options)
     for problem in ("missing", "unexpected", "mismatched"):
-        names, spare = map(str, report[f"{problem}_keys"]), ("classifier.", "score.") if problem == "unexpected" else ()
-        if names := [name for name in names if not name.startswith(spare)]:
+        names = map(str, report[f"{problem}_keys"])
+        if names := [name for name in names if problem != "unexpected" or not re.match(SPARE, name)]:
             raise UserError(f"{what}: its weights do not fit: {len(names)} {problem}, such as {min(names)}")
     return model
 
@@ -64,7 +69,7 @@ def fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with loading(f"checkpoint: {name}: no such folder here, and not from a model hub", local=False):
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*projector*", "*lora*"]))  # no model's weights
 
 
 def refuse_code(name: str, config: Any) -> None:

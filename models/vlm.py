@@ -58,6 +58,8 @@ class VisionLanguageModel(nn.Module):
         template = getattr(processor, "chat_template", None)
         eos = model.generation_config.eos_token_id
         self.eos = self.tokenizer.eos_token_id if eos is None else eos  # one, or several
+        # a user's settings decide alone, whatever penalties the model's authors set
+        model.generation_config.update(repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0)
         self.fit, self.family, text = fit, model.config.model_type, model.config.get_text_config()
         self.prompt = chat_prompt(processor, prompt) if template else "<image>" * (self.family == "paligemma") + prompt
         # PaliGemma 2's language model caps attention, which sdpa cannot

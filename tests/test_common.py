@@ -350,8 +350,15 @@ def test_a_lock_is_of_one_process_and_ends_with_it(tmp_path):
     with pytest.raises(UserError, match="output: another run is writing .*x.json"):
         lock(tmp_path / "x.json")
     other.kill(), other.wait()
-    lock(tmp_path / "x.json")()
+    unlock = lock(tmp_path / "x.json")
+    unlock()
     assert not list(tmp_path.iterdir())
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, env={"PYTHONPATH": ".", "PATH": ""})
+    assert other.stdout.readline() == b"locked\n"
+    unlock()  # as once more at the process's end
+    with pytest.raises(UserError, match="output: another run is writing .*x.json"):
+        lock(tmp_path / "x.json")
+    other.kill(), other.wait()
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def test_rules_against_repetition_are_those_of_plain_generate(llava_folder, phot
     decodings = {"plain": Decoding(12), "ruled": Decoding(12, **rules)}
     captions = ours.generate(loaded, decodings, dict.fromkeys(decodings, (0, 0)))
     assert captions["ruled"] == until_eos(ids, ours.eos) != captions["plain"]
+
+
+def test_penalties_of_a_models_authors_do_not_act(llava_folder, photos, tmp_path):
+    folder = shutil.copytree(llava_folder, tmp_path / "llava")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 3.0}))
+    loaded, found = [load_photo(photo) for photo in find_photos(photos, limit=2)], []
+    for each in (llava_folder, folder):
+        model = load_vlm(str(each), PROMPT, torch.device("cpu"), torch.float32)
+        found.append(model.generate(loaded, {"greedy": Decoding(12)}, {"greedy": (0, 0)}))
+    assert found[0] == found[1]
 
 
 def test_sampled_captions_heed_neither_batch_nor_break(llava_folder, photos, tmp_path, monkeypatch):
