@@ -133,7 +133,7 @@ class Trainer:
         training.prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
         self.state = {"stage": next(iter(training.STAGES)), "epoch": 0, "step": 0, "best": math.inf, "logged": 0}
         # steps: of all stages; pending: (loss, tokens) of those that are not yet logged
-        self.state |= {"processes": accelerator.num_processes, "steps": 0, "pending": []}
+        self.state |= {"steps": 0, "pending": []}
         self.stopped_by: list[int] = []  # the signal that asks to stop
         self.log = JsonLines(cfg.output / "metrics.jsonl")
 
@@ -280,7 +280,6 @@ class Trainer:
             raise UserError("weights or losses are no longer finite, so nothing is saved; a lower lr may help")
         if accelerator.is_main_process:
             self.state |= {"logged": len(self.log.rows()), "rng": torch.get_rng_state()}
-            self.state["processes"] = accelerator.num_processes
             if accelerator.device.type == "cuda":
                 self.state["cuda_rng"] = torch.cuda.get_rng_state(accelerator.device)
             trainer = self.state | {name: part.state_dict() for name, part in parts.items()}
@@ -337,7 +336,7 @@ def main(cfg: Config) -> None:
         if cuda_rng is not None and accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_rng, accelerator.device)
     trainer = Trainer(cfg, accelerator, captioner, train, val)
-    trainer.state |= state or {}
+    trainer.state |= (state or {}) | {"processes": accelerator.num_processes}
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()

@@ -20,9 +20,8 @@ class Journal:
     """The captions of one run so far, by one decoding or several.
 
     `settings` {name of the decoding: what its captions are made with} go into the meta files; `decoding` in them is a
-    `models.decoding.Decoding` as a dictionary. The predictions of a
-    single decoding go to `output`, of several to NAME.DECODING.json each. Raises UserError where an output exists, or
-    where the run was begun with other settings.
+    `models.decoding.Decoding` as a dictionary. The predictions of a single decoding go to `output`, of several to
+    NAME.DECODING.json each. Raises UserError where an output exists, or where the run was begun with other settings.
     """
 
     def __init__(self, output: Path, settings: dict[str, dict[str, Any]], overwrite: bool = False):
