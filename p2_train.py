@@ -149,7 +149,7 @@ class Trainer:
     def train_stage(self, name: str) -> None:
         """Train one stage, epoch by epoch."""
         cfg, stage, accelerator = self.cfg, getattr(self.cfg, name), self.accelerator
-        self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model = accelerator.unwrap_model(self.model)  # its forward keeps the autocast of `prepare`
         accelerator.free_memory()  # the optimizer of the stage before must not be stepped again
         groups = training.set_trainable(self.captioner, name, stage)
         epoch_steps = len(self.optimizer_steps())

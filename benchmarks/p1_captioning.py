@@ -78,11 +78,12 @@ def main(cfg: Rounds) -> None:
     forms |= {f"ours, batch {size}": partial(ours, vlm, photos[:n], seeds, size) for size, n in batches.items()}
     seconds, captions = interleaved(forms, cfg.rounds)
     seconds, last = {name: seconds[name] / len(captions[name]["best"]) for name in forms}, list(forms)[-1]
-    same = [a == b for name in PRESETS for a, b in zip(captions["plain"][name], captions[last][name])]
-    equal, distinct = sum(same) / len(same), {str(ids) for found in captions[last].values() for ids in found}
+    distinct = len({str(ids) for found in captions[last].values() for ids in found})
+    # in bf16 the likeliest words of random weights are near ties, so captions are compared in float32
+    found = [form(vlm.float(), photos[:2], seeds) for form in (plain, partial(ours, batch=2))]
+    equal = sum(a == b for name in PRESETS for a, b in zip(found[0][name], found[1][name])) / (2 * len(PRESETS))
     figures = {"speedup_vs_plain": seconds["plain"] / seconds[last], "captions_equal": equal}
-    # in bf16 the likeliest words of random weights are near ties, so some captions differ
-    figures |= {"distinct_captions": len(distinct), "agree": equal >= by_device({"cpu": 1.0, "cuda": 0.5}, device)}
+    figures |= {"distinct_captions": distinct, "agree": equal >= by_device({"cpu": 1.0, "cuda": 0.8}, device)}
     report(f"LLaVA, {len(PRESETS)} decodings, seconds a photo", seconds, figures)
 
 

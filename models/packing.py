@@ -120,7 +120,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for states, targets, weights in zip(hidden.split(size), labels.split(size), token_weights.split(size)):
             with torch.set_grad_enabled(needed):
                 states = states.detach().requires_grad_(needed)
-                loss = F.cross_entropy(head(states).float(), targets, reduction="none") @ weights
+                # a product by `@` would be rounded to bf16 by autocast
+                loss = (F.cross_entropy(head(states).float(), targets, reduction="none") * weights).sum()
             if needed:
                 states_grad, *grads = torch.autograd.grad(loss, [states, *parameters])
                 hidden_grads.append(states_grad)

@@ -1,9 +1,13 @@
 """Each script on a GPU, beside what it does on the CPU; skipped where there is none."""
 
 import dataclasses
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from families import FAMILIES, HEATMAPS, build
+from PIL import Image
 
 import p1_llava_caption
 import p2_inference
@@ -11,7 +15,9 @@ import p2_train
 import p3_visualize
 from common.files import JsonLines
 from data.predictions import read_predictions
+from models.decoding import Decoding
 from models.training import Stage
+from models.vlm import PROMPT, VisionLanguageModel
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -51,19 +57,21 @@ def test_cuda_training_has_the_losses_of_the_cpu(train):
         assert found == pytest.approx(expected, rel=tolerance)
 
 
-def test_cuda_resume_is_an_unbroken_run(train, monkeypatch):
+@pytest.mark.parametrize("precision, saves", [("float32", 1), ("bf16", 2), ("fp16", 3)])
+def test_cuda_resume_inside_an_epoch_is_an_unbroken_run(train, monkeypatch, precision, saves):
     from accelerate.state import AcceleratorState
 
+    train = partial(train, precision=precision, ema=0.9, save_steps=1)
     whole = losses(train("whole"))
 
     class Killed(Exception):
         pass
 
-    save = p2_train.Trainer.save_last
+    save, seen = p2_train.Trainer.save_last, iter(range(100))
 
     def save_and_die(trainer, *args):
         save(trainer, *args)
-        if trainer.state["stage"] == "finetune":
+        if trainer.state["stage"] == "finetune" and next(seen) + 1 == saves:
             raise Killed
 
     monkeypatch.setattr(p2_train.Trainer, "save_last", save_and_die)
@@ -121,3 +129,26 @@ def test_cuda_heatmaps_are_those_of_the_cpu(train, llava_folder, data_root, tmp_
             p3_visualize.main(p3_visualize.Config(photos, output, device=device, precision=precision, **source))
             pages[device, precision] = (output / "index.html").read_text()
         assert len(pages) == 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cuda_families_are_those_of_the_cpu(name, as_photos, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions of patches are rounded by default
+    if name == "smolvlm":
+        pytest.importorskip("num2words")
+    rng = np.random.default_rng(0)
+    coarse = [Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)) for _ in range(2)]
+    photos = as_photos([image.resize(size) for image, size in zip(coarse, [(120, 90), (60, 110)])])
+    decodings = {"greedy": Decoding(8), "sampled": Decoding(8, do_sample=True), "beams": Decoding(8, num_beams=2)}
+    found, records = {}, {}
+    for device in ("cpu", "cuda"):
+        model, processor = build(name)
+        vlm = VisionLanguageModel(model.to(device), processor, PROMPT)
+        found[device] = vlm.generate(photos, decodings, dict.fromkeys(decodings, range(2)))
+        if name in HEATMAPS:
+            captions = [[caption[:4]] for caption in found["cpu"]["greedy"]]
+            records[device] = [record for own in vlm.attend(photos, captions) for record in own]
+    assert found["cuda"] == found["cpu"]
+    for one, other in zip(*records.values()) if records else ():
+        np.testing.assert_allclose(one.mean, other.mean, atol=1e-4)
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-4)

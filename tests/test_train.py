@@ -276,10 +276,12 @@ def read_back(cfg: p2_train.Config, file: Path) -> p2_train.Config:
 
 
 @pytest.mark.parametrize(
-    "dropout, ema, save_steps, stops", [(0.0, 0.0, 200, [3, 7, 18]), (0.1, 0.9, 200, [10]), (0.1, 0.9, 2, [4, 9, 15])]
+    "dropout, ema, save_steps, stops, precision",
+    [(0, 0, 200, [3, 7, 18], "float32"), (0.1, 0.9, 200, [10], "float32"), (0.1, 0.9, 2, [4, 9, 15], "bf16")],
 )
-def test_a_stopped_run_goes_on_as_if_unbroken(config, tmp_path, dropout, ema, save_steps, stops, monkeypatch):
-    config = partial(config, ema=ema, save_steps=save_steps)
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_stopped_run_goes_on_as_unbroken(config, tmp_path, dropout, ema, save_steps, stops, precision, monkeypatch):
+    config = partial(config, ema=ema, save_steps=save_steps, precision=precision)
     lora = LoraConfig(rank=4, alpha=8, dropout=dropout)
     p2_train.main(config(output=tmp_path / "whole", lora=lora))
     monkeypatch.setattr(p2_train, "plot_losses", lambda *_: None)  # slow, and seen above
@@ -294,6 +296,12 @@ def test_a_stopped_run_goes_on_as_if_unbroken(config, tmp_path, dropout, ema, sa
         assert rows(cfg.output) == rows(tmp_path / "whole")
     p2_train.main(dataclasses.replace(cfg, resume=True))  # nothing is left to do
     assert rows(cfg.output) == rows(tmp_path / "whole")
+
+
+def test_a_stage_too_short_for_a_step_ends_no_run(config):
+    cfg = config(align=Stage(epochs=0.01, lr=1e-2), finetune=Stage(epochs=1, lr=1e-2))
+    p2_train.main(cfg)
+    assert (cfg.output / "loss.png").is_file() and "step" not in rows(cfg.output)[0]
 
 
 def test_a_run_goes_on_inside_an_epoch(config, tmp_path, monkeypatch):
