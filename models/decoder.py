@@ -15,15 +15,13 @@ from common.config import UserError
 from models import packaged
 from models.hub import load_whole, loading, means_folder
 
-COURSE_FILES = ("decoder_model.bin", "encoder.json", "vocab.bpe")
-
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """Which causal language model writes the caption."""
 
     model: str = "gpt2"
-    """Hub id, local folder, pip:PACKAGE, or a folder of decoder_model.bin, encoder.json and vocab.bpe (GPT-2 small)."""
+    """Hub id, local folder, or pip:PACKAGE."""
     start_token: bool = False
     """Put the decoder's own first token before the image, as in its pretraining: attention can rest on it."""
 
@@ -42,11 +40,10 @@ class LoraConfig:
 
 def check_decoder(config: DecoderConfig) -> list[str]:
     """What can be seen to be wrong with `config` before any weights are read; UserError for a packaged file."""
-    folder = Path(config.model)
     if config.model.startswith(packaged.PREFIX):
         packaged.decoder_file(config.model)
-    elif means_folder(config.model) and not any((folder / name).is_file() for name in ("config.json", COURSE_FILES[0])):
-        return [f"decoder.model: {folder}: no such model folder (neither config.json nor {COURSE_FILES[0]} in it)"]
+    elif means_folder(config.model) and not (Path(config.model) / "config.json").is_file():
+        return [f"decoder.model: {config.model}: no such model folder (no config.json in it)"]
     return []
 
 
@@ -57,8 +54,6 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    if (Path(config.model) / COURSE_FILES[0]).exists():
-        return _load_course_form(Path(config.model), load_weights)
     where, options = config.model, {}
     if where.startswith(packaged.PREFIX):
         file = packaged.decoder_file(where)
@@ -98,26 +93,6 @@ def _check_head(lm: nn.Module) -> None:
         hidden = lm.base_model(input_ids=ids).last_hidden_state
         if not torch.allclose(lm.get_output_embeddings()(hidden), lm(input_ids=ids).logits, atol=1e-4):
             raise UserError(f"decoder.model: {type(lm).__name__} changes its logits after the head: not supported")
-
-
-def _load_course_form(folder: Path, load_weights: bool) -> tuple[nn.Module, object]:
-    """GPT-2 small from a bare state dict without the `transformer.` prefix, and the tokenizer files beside it."""
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
-
-    weights, vocab, merges = (folder / name for name in COURSE_FILES)
-    shape = GPT2Config(activation_function="gelu_pytorch_tanh")  # gelu_new in one pass
-    if not load_weights:
-        with torch.device("meta"):
-            return GPT2LMHeadModel(shape), None
-    with loading(f"{vocab} and {merges.name}: expected GPT-2's tokenizer", local=True):
-        tokenizer = GPT2Tokenizer(vocab=str(vocab), merges=str(merges))
-        if tokenizer.decode(tokenizer("a").input_ids) != "a":
-            raise ValueError("no token for the letter a")
-    with loading(f"{weights}: expected GPT-2 small's state dict", local=True):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        state.pop("lm_head.weight", None)  # tied to the words
-        lm = load_whole(str(weights), GPT2LMHeadModel, None, config=shape, state_dict=state, dtype=torch.float32)
-    return lm.eval(), tokenizer
 
 
 def first_token(tokenizer) -> int:
