@@ -156,7 +156,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, weight_decay=stage.weight_decay)
         schedule = training.make_schedule(optimizer, stage, epoch_steps)
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
-        average = training.Average(training.parameters_of(groups), cfg.ema)  # on the device by now
+        average = training.Average(groups, cfg.ema)  # on the device by now
         parts = {"optimizer": optimizer, "schedule": schedule, "average": average}
         if accelerator.scaler:
             parts["scaler"] = accelerator.scaler

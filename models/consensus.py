@@ -61,13 +61,11 @@ def agreement(captions: Sequence[str], frequencies: Frequencies | None = None) -
     Without `frequencies` all n-grams have the same weight.
     """
     grams = [grams_of(caption) for caption in captions]
-    index = {gram: place for place, gram in enumerate(dict.fromkeys(gram for own in grams for gram in own))}
-    vectors = np.zeros((len(grams), len(index)))
-    for row, own in zip(vectors, grams):
-        for gram, count in own.items():
-            row[index[gram]] = count * (frequencies.weight(gram) if frequencies else 1.0)
-    order = np.array([gram.count(" ") for gram in index])
-    lengths = np.array([sum(count for gram, count in own.items() if gram.count(" ") == 1) for own in grams])
+    every = list(dict.fromkeys(gram for own in grams for gram in own))
+    counts = np.array([[own[gram] for gram in every] for own in grams])
+    vectors = counts * np.array([frequencies.weight(gram) if frequencies else 1.0 for gram in every])
+    order = np.array([gram.count(" ") for gram in every])
+    lengths = counts[:, order == 1].sum(axis=1)
     alike = np.exp(-((lengths[:, None] - lengths[None]) ** 2) / (2 * SIGMA**2))
     scores = np.zeros((len(grams), len(grams)))
     for n in range(LONGEST):

@@ -4,7 +4,7 @@ Captions of one photo share its prefix in one row, each with its own positions a
 that the gradients equal those of one row a pair (the same packing as for language models, arXiv 2107.02027).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -43,7 +43,7 @@ def pack_rows(
     rows: Sequence[Sequence[Sequence[int]]],
     eos: int,
     first: int | None = None,
-    caption_weights: Sequence[Sequence[float]] | None = None,
+    caption_weights: list[list[float]] | None = None,
 ) -> PackedBatch:
     """Pack each photo's tokenised captions into one row; the token `first` (EOS by default) stands before each caption.
 
@@ -56,25 +56,23 @@ def pack_rows(
     ([[0, 1, 2, 3, 0, 1]], [[1, 1, 1, 1, 2, 2]])
     """
     first = eos if first is None else first
-    length = max(sum(len(caption) + 1 for caption in row) for row in rows)
-    input_ids = torch.full((len(rows), length), eos)
-    labels = torch.full((len(rows), length), -100)
-    positions = torch.zeros(len(rows), length, dtype=torch.long)
-    segments = torch.full((len(rows), length), PADDING)
-    weights = torch.ones(len(rows), length)
-    for b, row in enumerate(rows):
-        start = 0
-        for number, caption in enumerate(row, start=1):
-            place = slice(start, start + len(caption) + 1)
-            input_ids[b, place] = torch.tensor([first, *caption])
-            labels[b, place] = torch.tensor([*caption, eos])
-            positions[b, place] = torch.arange(len(caption) + 1)
-            segments[b, place] = number
-            if caption_weights:
-                weights[b, place] = caption_weights[b][number - 1]
-            start = place.stop
-    supervised = (labels.flatten() != -100).nonzero()[:, 0]  # found here, since a GPU would have to be waited for
-    return PackedBatch(input_ids, labels, positions, segments, supervised, weights.flatten()[supervised])
+
+    def joined(values: Callable[[int, Sequence[int]], Sequence[int]], padding: int) -> Tensor:
+        """(B, L) `values(number, caption)` of a row's captions, one behind the other."""
+        flat = [[one for number, own in enumerate(row, start=1) for one in values(number, own)] for row in rows]
+        return nn.utils.rnn.pad_sequence(list(map(torch.tensor, flat)), batch_first=True, padding_value=padding)
+
+    labels = joined(lambda number, caption: [*caption, eos], -100)
+    lengths = torch.tensor([len(caption) + 1 for row in rows for caption in row])
+    weights = torch.ones(len(lengths)) if caption_weights is None else torch.tensor(sum(caption_weights, []))
+    return PackedBatch(
+        input_ids=joined(lambda number, caption: [first, *caption], eos),
+        labels=labels,
+        positions=joined(lambda number, caption: range(len(caption) + 1), 0),
+        segments=joined(lambda number, caption: [number] * (len(caption) + 1), PADDING),
+        supervised=(labels.flatten() != -100).nonzero()[:, 0],  # found here, since a GPU would have to be waited for
+        token_weights=weights.repeat_interleave(lengths),
+    )
 
 
 def prefix_mask(segments: Tensor, image_tokens: int, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -28,14 +28,13 @@ class Split:
     """Token ids of each photo's captions."""
     eos: int
     """The decoder's end token."""
-    caption_weights: list[dict[tuple[int, ...], float]] | None = None
-    """Weight in the loss of each of a photo's captions, by its token ids; without them each is 1."""
+    caption_weights: dict[tuple[int, ...], float] = field(default_factory=dict)
+    """Weight in the loss by (number of the photo, *token ids of the caption); without one it is 1."""
 
     def inputs(self, batch: Sequence[Row], pin: bool = False) -> tuple[Tensor, PackedBatch]:
         """Features of a batch's photos and its packed captions; `pin` them where they go to a GPU."""
         features = self.features[[photo for photo, _ in batch]]
-        weights = self.caption_weights
-        weights = weights and [[weights[photo][tuple(one)] for one in captions] for photo, captions in batch]
+        weights = [[self.caption_weights.get((photo, *ids), 1.0) for ids in captions] for photo, captions in batch]
         packed = pack_rows([captions for _, captions in batch], self.eos, caption_weights=weights)
         return (features.pin_memory(), packed.pin_memory()) if pin else (features, packed)
 
@@ -66,9 +65,7 @@ def weigh_by_agreement(split: Split, agreement: dict[str, list[float]], power: f
 
     The weighted cross-entropy of Phan et al. 2017, https://arxiv.org/abs/1712.09532, within each photo.
     """
-    split.caption_weights = []
-    for photo, captions in zip(split.photos, split.captions):
-        powers = [score**power for score in agreement[photo.stem]]
+    for number, captions in enumerate(split.captions):
+        powers = [score**power for score in agreement[split.photos[number].stem]]
         mean = sum(powers) / len(powers)
-        weights = {tuple(ids): one / mean if mean else 1.0 for ids, one in zip(captions, powers)}
-        split.caption_weights.append(weights)
+        split.caption_weights |= {(number, *ids): one / mean if mean else 1.0 for ids, one in zip(captions, powers)}

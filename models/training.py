@@ -41,12 +41,11 @@ class Stage:
     """Each warm-restart period is so many times as long as the one before."""
 
 
-def parts_of(captioner: Captioner) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
+def parts_of(captioner: Captioner) -> dict[str, list[torch.nn.Parameter]]:
     """All parameters by part: encoder, projector, lora, decoder."""
     parts: dict[str, list] = {"encoder": [], "projector": [], "lora": [], "decoder": []}
     for name, parameter in captioner.named_parameters():
-        part = name.partition(".")[0]
-        parts["lora" if part == "decoder" and "lora_" in name else part].append((name, parameter))
+        parts["lora" if "lora_" in name else name.partition(".")[0]].append(parameter)
     return parts
 
 
@@ -54,36 +53,30 @@ def set_trainable(captioner: Captioner, name: str, stage: Stage) -> list[dict]:
     """Thaw the parts that the stage `name` trains, freeze the rest, print the table and return what trains.
 
     It is returned as the optimizer takes it: a group {"params": ..., "lr": ...} for each part. The one place that
-    decides what trains. Raises RuntimeError where a part that should train is empty.
+    decides what trains.
     """
     groups = []
     adapt = "lora" in STAGES[name]  # until it trains LoRA changes nothing, so its products are left out
     captioner.decoder.enable_adapter_layers() if adapt else captioner.decoder.disable_adapter_layers()
     print(f"{name:10} {'parameters':>15} {'trainable':>13} {'lr':>8}")
     for part, parameters in parts_of(captioner).items():
-        train, own = part in STAGES[name], stage.projector_lr if part == "projector" else None
-        lr = stage.lr if own is None else own  # at its highest
-        if train and not parameters:
-            raise RuntimeError(f"{name} should train {part}, which has no parameters")
-        for _, parameter in parameters:
+        train = part in STAGES[name]
+        lr = stage.projector_lr if part == "projector" and stage.projector_lr else stage.lr  # at its highest
+        for parameter in parameters:
             parameter.requires_grad_(train)
         if train:
-            groups.append({"params": [parameter for _, parameter in parameters], "lr": lr})
-        total = sum(parameter.numel() for _, parameter in parameters)
+            groups.append({"params": parameters, "lr": lr})
+        total = sum(parameter.numel() for parameter in parameters)
         print(f"  {part:8} {total:>15,} {total if train else 0:>13,} {f'{lr:g}' if train else '-':>8}")
-    every, trained = sum(p.numel() for p in captioner.parameters()), sum(p.numel() for p in parameters_of(groups))
+    parameters = list(captioner.parameters())
+    every, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     print(f"  {'all':8} {every:>15,} {trained:>13,}")
     return groups
 
 
-def parameters_of(groups: list[dict]) -> list[torch.nn.Parameter]:
-    """The parameters of all groups."""
-    return [parameter for group in groups for parameter in group["params"]]
-
-
 def prepare_training(captioner: Captioner, dtype: torch.dtype, device: torch.device) -> None:
     """Make a training step cheap: frozen weights in `dtype`, fused LoRA, the attention that is fastest on `device`."""
-    for _, parameter in parts_of(captioner)["decoder"]:  # in 16 bits once, not cast anew at each step
+    for parameter in parts_of(captioner)["decoder"]:  # in 16 bits once, not cast anew at each step
         parameter.data = parameter.data.to(dtype)
     fuse_lora(captioner.decoder)
     # on a CPU the backward pass of sdpa under a mask is several times slower than attention written out
@@ -97,9 +90,10 @@ class Average:
     most (1 + n) / (10 + n) of itself.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
-        self.parameters, self.decay, self.steps = parameters, decay, 0
-        self.values = [parameter.detach().clone() for parameter in parameters] if decay else []
+    def __init__(self, groups: list[dict], decay: float):
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.decay, self.steps = decay, 0
+        self.values = [parameter.detach().clone() for parameter in self.parameters] if decay else []
 
     @torch.no_grad()
     def update(self) -> None:

@@ -372,7 +372,7 @@ def test_a_run_whose_state_is_gone_or_damaged_is_not_begun_anew(config):
 
 def test_an_average_forgets_its_start_and_then_follows_its_decay():
     weight = torch.nn.Parameter(torch.zeros(2))
-    average, expected = Average([weight], 0.5), 0.0
+    average, expected = Average([{"params": [weight]}], 0.5), 0.0
     for step in range(1, 40):
         weight.data.fill_(step)
         average.update()
@@ -381,7 +381,7 @@ def test_an_average_forgets_its_start_and_then_follows_its_decay():
         with average.in_place():
             assert weight.tolist() == pytest.approx([expected] * 2)
         assert weight.tolist() == [step] * 2
-    again = Average([weight], 0.5)
+    again = Average([{"params": [weight]}], 0.5)
     again.load_state_dict(average.state_dict())
     assert again.steps == 39 and torch.equal(again.values[0], average.values[0])
 
@@ -479,7 +479,7 @@ def test_consensus_weights_keep_a_photos_mean_and_favour_what_people_agree_on(co
     for power in (1.0, 2.0):
         split = Split(photos, None, ids, eos=0)
         weigh_by_agreement(split, agreement, power)
-        weights = [[own[tuple(c)] for c in captions] for own, captions in zip(split.caption_weights, ids)]
+        weights = [[split.caption_weights[photo, *c] for c in captions] for photo, captions in enumerate(ids)]
         assert [sum(own) / len(own) for own in weights] == pytest.approx([1, 1, 1])
         assert weights[0][0] == weights[0][3] > weights[0][1] > weights[0][2] == 0
         shares.append(weights[0][0])
