@@ -68,15 +68,12 @@ class Captioner(nn.Module):
         start = torch.full((len(image), 1), first_token(self.tokenizer), device=image.device)
         return torch.cat([lm.get_input_embeddings()(start), image], dim=1)
 
-    def hidden(self, prefix: Tensor, batch: PackedBatch) -> Tensor:
-        """(B, P, D_text) image prefix and B packed rows of L tokens -> (B, P + L, D_text) final hidden states."""
-        return packed_hidden(causal_lm(self.decoder).base_model, prefix, batch)
-
     def forward(self, features: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:
         """(B, P, D_image) features and B packed rows -> weighted sum of the supervised losses, their number."""
         prefix = self.prefix(features)
-        hidden = self.hidden(prefix, batch)[:, prefix.shape[1] :].flatten(0, 1)
-        head = causal_lm(self.decoder).get_output_embeddings()
+        lm = causal_lm(self.decoder)
+        hidden = packed_hidden(lm.base_model, prefix, batch)[:, prefix.shape[1] :].flatten(0, 1)
+        head = lm.get_output_embeddings()
         trained = [weight for weight in head.parameters() if weight.requires_grad and torch.is_grad_enabled()]
         states, labels = hidden[batch.supervised], batch.labels.flatten()[batch.supervised]
         return ChunkedCrossEntropy.apply(states, labels, batch.token_weights, head, *trained), len(labels)
@@ -138,14 +135,14 @@ class Captioner(nn.Module):
         batch = pack_rows(captions, eos).to(prefix.device)
         rows = torch.arange(batch.labels.shape[1], device=prefix.device).expand(len(prefix), -1) + tokens
         with record_attention(lm, rows, columns) as recorder:
-            hidden = self.hidden(prefix, batch)
+            hidden = packed_hidden(lm.base_model, prefix, batch)
         closed = [[[*caption, eos] for caption in own] for own in captions]
         head = lm.get_output_embeddings()
         return read_records(recorder, hidden[:, tokens:], hidden[:, tokens - patches : tokens], head, closed)
 
     def patch_grid(self, width: int, height: int) -> PatchGrid:
         """Where the patches lie on a photo of `width` x `height` pixels."""
-        return self.encoder.grid(width, height)
+        return PatchGrid(*self.encoder.patch_rows_columns, self.encoder.transform.seen_box(width, height))
 
     def ids(self, text: str) -> list[int]:
         """Caption -> token ids, as in training."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,8 +67,7 @@ def find_checkpoint(path: Path) -> Path:
     USER/NAME that is no folder here is fetched from the model hub. Raises UserError.
     """
     for folder in (path, path / "best", path / "last"):
-        if path != folder:
-            restore_folder(folder)
+        restore_folder(folder)
         if (folder / CONFIG).is_file():
             return folder
     if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
@@ -86,14 +85,11 @@ def check_checkpoint(folder: Path) -> CaptionerConfig:
         config = config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"{file}: expected the settings of a captioner: {error}") from None
-    missing = [name for name in (PROJECTOR, LORA_WEIGHTS) if not (folder / name).is_file()]
-    check([f"checkpoint: {folder}: expected {name} in it" for name in missing])
     check(check_encoder(config.encoder) + check_decoder(config.decoder))
     for file, state in learnt(build_captioner(config, load_weights=False)).items():
         expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
         try:
-            with safe_open(folder / file, framework="pt") as stored:
-                found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
+            found = {name: tuple(tensor.shape) for name, tensor in load_file(folder / file).items()}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / file}: expected a safetensors file: {error}") from None
         wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
@@ -111,23 +107,16 @@ def load_trained(captioner: Captioner, folder: Path) -> None:
     set_peft_model_state_dict(captioner.decoder, load_file(folder / LORA_WEIGHTS))
 
 
-def read_frequencies(folder: Path) -> Frequencies | None:
-    """The document frequencies of a checkpoint folder; None where it has none."""
-    file = folder / FREQUENCIES
-    if not file.exists():
-        return None
-    try:
-        return Frequencies(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise UserError(f"{file}: expected the number of photos, and for each n-gram how many have it") from None
-
-
 def load_captioner(path: Path) -> Captioner:
     """The trained captioner in `path` (a run or checkpoint folder), in float32, adapters not yet merged."""
     folder = find_checkpoint(path)
     captioner = build_captioner(check_checkpoint(folder))
     load_trained(captioner, folder)
-    captioner.frequencies = read_frequencies(folder)
+    file = folder / FREQUENCIES
+    try:
+        captioner.frequencies = Frequencies(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    except (ValueError, TypeError):
+        raise UserError(f"{file}: expected the number of photos, and for each n-gram how many have it") from None
     return captioner.eval()
 
 

