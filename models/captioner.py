@@ -15,7 +15,7 @@ from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
 from models.consensus import Frequencies
 from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, first_token, load_decoder, merge_lora
-from models.decoding import Decoding, choose_candidates, generate_all, prefill, with_candidates
+from models.decoding import Decodings, Seeds, TokenIds, choose_candidates, generate_all, prefill, with_candidates
 from models.encoder import EncoderConfig, FrozenEncoder, PatchGrid, build_encoder
 from models.features import CachedEncoder
 from models.packing import ChunkedCrossEntropy, PackedBatch, pack_rows, packed_hidden
@@ -51,6 +51,7 @@ class Captioner(nn.Module):
     def train(self, mode: bool = True) -> "Captioner":
         """The decoder's own dropout (GPT-2 has three kinds) stays off: what is frozen needs no regularising."""
         super().train(mode)
+        self.encoder.eval()
         self.decoder.eval()
         for module in self.decoder.modules():
             if hasattr(module, "lora_dropout"):
@@ -94,23 +95,16 @@ class Captioner(nn.Module):
     def check_room(self, text_tokens: int, key: str) -> None:
         """Raise a UserError that names the setting `key` where the decoder has no positions for so long a text."""
         room = getattr(causal_lm(self.decoder).config, "max_position_embeddings", None)
-        start = self.config.decoder.start_token
-        if room is not None and start + self.encoder.tokens + 1 + text_tokens > room:
-            raise UserError(
-                f"{key}: {'a start token, ' * start}{self.encoder.tokens} image tokens, EOS and {text_tokens} text "
-                f"tokens do not fit into the decoder's {room} positions"
-            )
+        needed = self.config.decoder.start_token + self.encoder.tokens + 1 + text_tokens  # image and EOS before them
+        if room is not None and needed > room:
+            raise UserError(f"{key}: {text_tokens} text tokens need {needed} positions, the decoder has {room}")
 
-    def generate(
-        self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
-    ) -> dict[str, list[list[int]]]:
+    def generate(self, photos: Sequence[LoadedPhoto], decodings: Decodings, seeds: Seeds) -> dict[str, list[TokenIds]]:
         """Token ids of B captions for each decoding; see `models.interface`."""
         return self.generate_from(self.encode(photos), decodings, seeds)
 
     @torch.inference_mode()
-    def generate_from(
-        self, features: Tensor, decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
-    ) -> dict[str, list[list[int]]]:
+    def generate_from(self, features: Tensor, decodings: Decodings, seeds: Seeds) -> dict[str, list[TokenIds]]:
         """The same from (B, P, D_image) features. All prefixes are equally long, so that nothing is padded."""
         lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
         prefix = self.prefix(features)
@@ -120,12 +114,12 @@ class Captioner(nn.Module):
         # `generate` takes ids for all positions; those of the image are not read, since the cache holds them
         ids = torch.full((len(prefix), prefix.shape[1] + 1), eos, device=prefix.device)
         mask = torch.ones_like(ids)
-        drawn = generate_all(lm, lm, caches, ids, mask, *with_candidates(decodings, seeds), eos, eos, ids.shape[1])
+        drawn = generate_all(lm, caches, ids, mask, with_candidates(decodings, seeds), eos, eos, ids.shape[1])
         return choose_candidates(drawn, decodings, self.text, self.frequencies)
 
     @torch.inference_mode()
     def attend(
-        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]]
+        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[TokenIds]]
     ) -> list[list[AttentionRecord]]:
         """What each token of each of a photo's captions attended to, the closing EOS last; one pass for all of them."""
         lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id

@@ -23,7 +23,7 @@ from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.consensus import Frequencies
 from models.decoder import check_decoder, merge_lora
 from models.encoder import check_encoder
-from models.hub import fetch, load_whole
+from models.hub import fetch
 
 FREQUENCIES = "document_frequencies.json"
 PROJECTOR, LORA, CONFIG = "projector.safetensors", "decoder_lora", "captioner.json"
@@ -54,8 +54,7 @@ def learnt(captioner: Captioner) -> dict[str, dict[str, Tensor]]:
     """The trained tensors by file and name."""
     from peft import get_peft_model_state_dict
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         # the head is adapted, and peft would add the embeddings tied to it: 125 MB for GPT-2
         lora = get_peft_model_state_dict(captioner.decoder, save_embedding_layers=False)
     return {PROJECTOR: captioner.projector.state_dict(), LORA_WEIGHTS: lora}
@@ -136,9 +135,9 @@ def main(cfg: MergeConfig) -> None:
     lm = merge_lora(captioner.decoder)
     # weights of a GGUF file are plain by now, but transformers saves no model that says it is quantized
     shape = {name: value for name, value in lm.config.to_dict().items() if name != "quantization_config"}
-    plain = {"config": type(lm.config).from_dict(shape), "state_dict": lm.state_dict()}
+    plain = type(lm)(type(lm.config).from_dict(shape))
     with folder_written_whole(cfg.merge) as part:
-        load_whole("checkpoint", type(lm), None, **plain).save_pretrained(part / "decoder")
+        plain.save_pretrained(part / "decoder", state_dict=lm.state_dict())
         captioner.tokenizer.save_pretrained(part / "decoder")
         save_file(captioner.projector.state_dict(), part / PROJECTOR)
         write_json(part / CONFIG, asdict(captioner.config))

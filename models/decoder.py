@@ -64,7 +64,6 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(options["config"]), None
         lm = load_whole(f"decoder.model: {config.model}", AutoModelForCausalLM, where, dtype=torch.float32, **options)
-        options.pop("config", None)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
     if tokenizer.eos_token_id is None:
         raise UserError(f"decoder.model: the tokenizer of {config.model} has no end-of-text token")
@@ -117,8 +116,7 @@ def add_lora(lm: nn.Module, config: LoraConfig) -> nn.Module:
         target_modules=linear_layers(lm),
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():  # tied head and Conv1D: both meant, both tested
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):  # tied head and Conv1D: both meant, both tested
         return peft.get_peft_model(lm, settings)
 
 
@@ -151,8 +149,7 @@ def merge_lora(decoder: nn.Module) -> nn.Module:
     if base.weight is words.weight:
         base.weight = nn.Parameter(words.weight.detach().clone(), requires_grad=False)
         lm.config.tie_word_embeddings = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         return decoder.merge_and_unload()
 
 

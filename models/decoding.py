@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,10 @@ from models.decoder import attend_with
 
 # transformers calls the argument `cache` from 5.24 on, and `past_key_values` before.
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
+TokenIds = list[int]
 EndTokens = int | list[int]  # some models have several
+Seeds = dict[str, Sequence[int]]  # one for each photo, by the name of the decoding
+Candidate = tuple[str, int]  # name of a decoding, number
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class Decoding:
     """With N > 1: the greedy caption and N - 1 sampled ones are compared; the one closest to the others is returned."""
 
 
+Decodings = dict[str, Decoding]
+Draw = tuple[Decoding, Sequence[int]]  # how a caption is chosen, and a seed for each photo
+Drawn = dict[Candidate, list[TokenIds]]  # B captions
+
 # The three decodings of the published report.
 PRESETS = {
     "best": Decoding(),
@@ -71,8 +78,6 @@ def check_decoding(key: str, decoding: Decoding) -> list[str]:
         problems.append(f"{key}.num_beams: expected 1 with do_sample, got {decoding.num_beams}")
     if decoding.length_penalty != 1 and decoding.num_beams == 1:
         problems.append(f"{key}.length_penalty: only beams use it; expected {key}.num_beams with it")
-    if decoding.top_p == 0:
-        problems.append(f"{key}.top_p: expected more than 0, got 0")
     if decoding.candidates > 1 and (decoding.num_beams > 1 or decoding.do_sample):
         problems.append(f"{key}.candidates: expected 1 with do_sample or beams, got {decoding.candidates}")
     sampled = decoding.do_sample or decoding.candidates > 1
@@ -161,7 +166,7 @@ def generation_config(decoding: Decoding, eos: EndTokens, pad: int) -> Generatio
     )
 
 
-def until_eos(ids: Tensor, eos: EndTokens) -> list[list[int]]:
+def until_eos(ids: Tensor, eos: EndTokens) -> list[TokenIds]:
     """(B, L) generated ids -> each row's up to its first end token, without it.
 
     >>> until_eos(torch.tensor([[5, 6, 0, 0], [7, 8, 9, 10]]), eos=0)
@@ -174,25 +179,19 @@ def until_eos(ids: Tensor, eos: EndTokens) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------- consensus decoding
 
 
-def with_candidates(
-    decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
-) -> tuple[dict[tuple[str, int], Decoding], dict[tuple[str, int], Sequence[int]]]:
-    """The decoding and the seeds of each candidate (name, number): the first is greedy, or the decoding itself."""
-    drawn, drawn_seeds = {}, {}
+def with_candidates(decodings: Decodings, seeds: Seeds) -> dict[Candidate, Draw]:
+    """What is drawn for each decoding: its first candidate is greedy, or as it says; the others are sampled."""
+    draws = {}
     for name, decoding in decodings.items():
-        sampled = dataclasses.replace(decoding, candidates=1, do_sample=True)
         for number in range(decoding.candidates):
-            drawn[name, number] = sampled if number else dataclasses.replace(decoding, candidates=1)
-            drawn_seeds[name, number] = [photo_seed(seed, number) for seed in seeds[name]] if number else seeds[name]
-    return drawn, drawn_seeds
+            one = dataclasses.replace(decoding, candidates=1, do_sample=decoding.do_sample or number > 0)
+            draws[name, number] = one, [photo_seed(seed, number) if number else seed for seed in seeds[name]]
+    return draws
 
 
 def choose_candidates(
-    drawn: dict[tuple[str, int], list[list[int]]],
-    decodings: dict[str, Decoding],
-    text: Callable[[Sequence[int]], str],
-    frequencies: Frequencies | None = None,
-) -> dict[str, list[list[int]]]:
+    drawn: Drawn, decodings: Decodings, text: Callable[[TokenIds], str], frequencies: Frequencies | None = None
+) -> dict[str, list[TokenIds]]:
     """Of each photo's candidates the one that agrees most with the others (minimum Bayes risk)."""
     captions = {}
     for name, decoding in decodings.items():
@@ -238,35 +237,32 @@ def fixed_cache(parts: Sequence[Cache], repeats: int, room: int) -> Cache:
 @torch.inference_mode()
 def generate_all(
     model: nn.Module,
-    language_model: nn.Module,
     caches: Sequence[Cache],
     ids: Tensor,
     mask: Tensor,
-    decodings: dict[Hashable, Decoding],
-    seeds: dict[Hashable, Sequence[int]],
+    draws: dict[Candidate, Draw],
     eos: EndTokens,
     pad: int,
     hidden: int = 0,
     **rows: Tensor,
-) -> dict[Hashable, list[list[int]]]:
-    """Several decodings of B prompts from one prefill: token ids without EOS, B captions by decoding.
+) -> Drawn:
+    """Several draws for B prompts from one prefill: token ids of the B captions of each draw, without EOS.
 
     `caches` hold, part by part of the batch, what `model` keeps of `ids` (B, L) but for the last; they are used up.
-    Decodings with the same number of steps go side by side as rows of one batch: a step reads the weights once for all
-    of them. `seeds` has one for each photo by decoding. The first `hidden` of the `ids` stand for an image: the rules
-    against repetition do not see them. On a CPU the `language_model` attends by plain products, since the fused kernel
-    is made for many queries: at 64 rows of 270 tokens in bf16 they take a fifth of its time. `rows` are what else
-    `generate` reads, (..., B, L).
+    Draws with the same number of steps go side by side as rows of one batch: a step reads the weights once for all of
+    them. The first `hidden` of the `ids` stand for an image: the rules against repetition do not see them. On a CPU the
+    language model attends by plain products, since the fused kernel is made for many queries: at 64 rows of 270 tokens
+    in bf16 they take a fifth of its time. `rows` are what else `generate` reads, (..., B, L).
     """
-    groups: dict[tuple, list[Hashable]] = {}
-    for name, decoding in decodings.items():
+    groups: dict[tuple, list[Candidate]] = {}
+    for name, (decoding, _) in draws.items():
         groups.setdefault((decoding.max_new_tokens, name if decoding.num_beams > 1 else None), []).append(name)
     captions = {}
     for number, names in enumerate(groups.values(), start=1):
-        count, first = len(names), decodings[names[0]]
+        count, (first, _) = len(names), draws[names[0]]
         parts = caches if number == len(groups) else copy.deepcopy(caches)
-        steps = [processors(decodings[name], seeds[name], ids[:, hidden:], eos) for name in names]
-        with attend_with(language_model, "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
+        steps = [processors(*draws[name], ids[:, hidden:], eos) for name in names]
+        with attend_with(model.get_decoder(), "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
             out = model.generate(
                 input_ids=ids.repeat_interleave(count, dim=0),
                 attention_mask=mask.repeat_interleave(count, dim=0),
@@ -277,12 +273,12 @@ def generate_all(
             )
         new = until_eos(out[:, ids.shape[1] :], eos)  # by position: words of a prompt may come back in a caption
         captions |= {name: new[place::count] for place, name in enumerate(names)}
-    return {name: captions[name] for name in decodings}
+    return captions
 
 
 def generate_plainly(
     model: nn.Module, inputs: dict[str, Tensor], decoding: Decoding, seeds: Sequence[int], eos: EndTokens, pad: int
-) -> list[list[int]]:
+) -> list[TokenIds]:
     """Captions by transformers' `generate` alone, which every family has, Q-Formers and encoder-decoders too."""
     begun = inputs["input_ids"][:, : 1 if model.config.is_encoder_decoder else None]  # what the decoder starts with
     config, steps = generation_config(decoding, eos, pad), processors(decoding, seeds, begun, eos)

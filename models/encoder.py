@@ -97,9 +97,6 @@ class FrozenEncoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
-    def train(self, mode: bool = True) -> "FrozenEncoder":
-        return super().train(False)  # frozen: batch norm and dropout stay in evaluation mode
-
     @torch.no_grad()
     def maps(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, 3, H, W) -> patch map (B, D, rows, columns) and prefix tokens (B, T, D), None where there are none."""

@@ -5,10 +5,8 @@ from typing import Protocol
 
 from data.photos import LoadedPhoto
 from models.attention import AttentionRecord
-from models.decoding import Decoding
+from models.decoding import Decodings, Seeds, TokenIds
 from models.encoder import PatchGrid
-
-TokenIds = list[int]
 
 
 class CaptionModel(Protocol):
@@ -17,9 +15,7 @@ class CaptionModel(Protocol):
     tokenizer: object
     """The tokenizer of transformers that belongs to the model."""
 
-    def generate(
-        self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
-    ) -> dict[str, list[TokenIds]]:
+    def generate(self, photos: Sequence[LoadedPhoto], decodings: Decodings, seeds: Seeds) -> dict[str, list[TokenIds]]:
         """Captions of B photos by the name of the decoding, without the end token.
 
         Each photo is encoded and prefilled once for all decodings. `seeds` has B seeds for each decoding; a photo's

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.batches import Caption
+
 IMAGE, PADDING = 0, -1  # segments; captions are 1, 2, ...
 
 
@@ -35,19 +37,15 @@ class PackedBatch:
         return PackedBatch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
     def to(self, device: torch.device) -> "PackedBatch":
-        at_once = self.labels.is_pinned()
-        return PackedBatch(*(getattr(self, field.name).to(device, non_blocking=at_once) for field in fields(self)))
+        return PackedBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
 def pack_rows(
-    rows: Sequence[Sequence[Sequence[int]]],
-    eos: int,
-    first: int | None = None,
-    caption_weights: list[list[float]] | None = None,
+    rows: Sequence[Sequence[Caption]], eos: int, first: int | None = None, weights: list[list[float]] | None = None
 ) -> PackedBatch:
     """Pack each photo's tokenised captions into one row; the token `first` (EOS by default) stands before each caption.
 
-    `caption_weights` has one for each caption; without them each is 1.
+    `weights` has one for each caption; without them each is 1.
 
     >>> rows = pack_rows([[[5, 6, 7], [8]]], eos=0)
     >>> rows.input_ids.tolist(), rows.labels.tolist()
@@ -57,21 +55,21 @@ def pack_rows(
     """
     first = eos if first is None else first
 
-    def joined(values: Callable[[int, Sequence[int]], Sequence[int]], padding: int) -> Tensor:
+    def joined(values: Callable[[int, Caption], Sequence[int]], padding: int) -> Tensor:
         """(B, L) `values(number, caption)` of a row's captions, one behind the other."""
         flat = [[one for number, own in enumerate(row, start=1) for one in values(number, own)] for row in rows]
         return nn.utils.rnn.pad_sequence(list(map(torch.tensor, flat)), batch_first=True, padding_value=padding)
 
     labels = joined(lambda number, caption: [*caption, eos], -100)
     lengths = torch.tensor([len(caption) + 1 for row in rows for caption in row])
-    weights = torch.ones(len(lengths)) if caption_weights is None else torch.tensor(sum(caption_weights, []))
+    each = torch.ones(len(lengths)) if weights is None else torch.tensor(sum(weights, []))
     return PackedBatch(
         input_ids=joined(lambda number, caption: [first, *caption], eos),
         labels=labels,
         positions=joined(lambda number, caption: range(len(caption) + 1), 0),
         segments=joined(lambda number, caption: [number] * (len(caption) + 1), PADDING),
         supervised=(labels.flatten() != -100).nonzero()[:, 0],  # found here, since a GPU would have to be waited for
-        token_weights=weights.repeat_interleave(lengths),
+        token_weights=each.repeat_interleave(lengths),
     )
 
 

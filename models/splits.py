@@ -35,7 +35,7 @@ class Split:
         """Features of a batch's photos and its packed captions; `pin` them where they go to a GPU."""
         features = self.features[[photo for photo, _ in batch]]
         weights = [[self.caption_weights.get((photo, *ids), 1.0) for ids in captions] for photo, captions in batch]
-        packed = pack_rows([captions for _, captions in batch], self.eos, caption_weights=weights)
+        packed = pack_rows([captions for _, captions in batch], self.eos, weights=weights)
         return (features.pin_memory(), packed.pin_memory()) if pin else (features, packed)
 
 

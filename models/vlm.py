@@ -101,16 +101,16 @@ class VisionLanguageModel(nn.Module):
     ) -> dict[str, list[list[int]]]:
         """Token ids of B captions for each decoding; see `models.interface`."""
         inputs, ends = self.inputs(photos), (self.eos, self.pad)
-        wanted, own = with_candidates(decodings, seeds)
+        draws = with_candidates(decodings, seeds)
         if self.placed:
             cache, _, positions = self._prefill(inputs)
             rows = {}
             if positions.ndim == 3:  # `generate` counts the other kind by itself
                 rows["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
             prompt = [cache], inputs["input_ids"], inputs["attention_mask"]
-            drawn = generate_all(self.model, self.model.get_decoder(), *prompt, wanted, own, *ends, **rows)
+            drawn = generate_all(self.model, *prompt, draws, *ends, **rows)
         else:
-            drawn = {name: generate_plainly(self.model, inputs, wanted[name], own[name], *ends) for name in wanted}
+            drawn = {name: generate_plainly(self.model, inputs, *draw, *ends) for name, draw in draws.items()}
         return choose_candidates(drawn, decodings, self.text)
 
     @torch.inference_mode()
