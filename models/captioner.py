@@ -86,11 +86,9 @@ class Captioner(nn.Module):
 
         Encoder and projector stay in float32. `features` is the folder of features that training left.
         """
-        self.decoder = merge_lora(self.decoder).to(device, dtype)
+        self.decoder = merge_lora(self.decoder).to(dtype)
         self.encode = CachedEncoder(self.encoder, features)  # before the encoder moves: hashing reads its weights
-        self.encoder.to(device)
-        self.projector.to(device)
-        return self.eval()
+        return self.to(device).eval()
 
     def check_room(self, text_tokens: int, key: str) -> None:
         """Raise a UserError that names the setting `key` where the decoder has no positions for so long a text."""

@@ -23,7 +23,7 @@ from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.consensus import Frequencies
 from models.decoder import check_decoder, merge_lora
 from models.encoder import check_encoder
-from models.hub import fetch
+from models.hub import loading
 
 FREQUENCIES = "document_frequencies.json"
 PROJECTOR, LORA, CONFIG = "projector.safetensors", "decoder_lora", "captioner.json"
@@ -65,12 +65,16 @@ def find_checkpoint(path: Path) -> Path:
 
     USER/NAME that is no folder here is fetched from the model hub. Raises UserError.
     """
+    from huggingface_hub import snapshot_download
+
     for folder in (path, path / "best", path / "last"):
         restore_folder(folder)
         if (folder / CONFIG).is_file():
             return folder
     if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
-        return find_checkpoint(fetch(path.as_posix()))
+        with loading(f"checkpoint: {path}: no such folder here, and not from a model hub", local=False):
+            files = ["*.json", "*projector*", "*lora*"]  # no model's weights
+            return find_checkpoint(Path(snapshot_download(path.as_posix(), allow_patterns=files)))
     raise UserError(f"checkpoint: {path}: expected a run folder or a checkpoint folder, found no {CONFIG} in it")
 
 

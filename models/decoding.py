@@ -220,10 +220,8 @@ def fixed_cache(parts: Sequence[Cache], repeats: int, room: int) -> Cache:
     """
     cache = parts[0]
     for number, layers in enumerate(zip(*(part.layers for part in parts))):
-        keys, values = (
-            torch.cat([getattr(layer, name) for layer in layers]).repeat_interleave(repeats, dim=0)
-            for name in ("keys", "values")
-        )
+        keys = torch.cat([layer.keys for layer in layers]).repeat_interleave(repeats, dim=0)
+        values = torch.cat([layer.values for layer in layers]).repeat_interleave(repeats, dim=0)
         for used in layers[1:]:
             used.reset()  # its memory is free for the next layer
         if type(layers[0]) is DynamicLayer:

@@ -150,30 +150,20 @@ def check_encoder(config: EncoderConfig) -> list[str]:
 def _open_clip_tower(config: EncoderConfig, device: str, load_weights: bool) -> tuple[nn.Module, PhotoTransform]:
     import open_clip
 
-    model, weights = config.model, config.weights
-    if Path(weights).is_dir():
-        model, weights = f"local-dir:{weights}", None
-    elif weights == "random":
-        weights = None
+    model = f"local-dir:{config.weights}" if Path(config.weights).is_dir() else config.model
+    needed = load_weights and config.weights != "random"
+    tag = config.weights if needed and model == config.model else None  # a folder brings its own
     known = open_clip.get_model_config(model)
-    refuse_code(f"encoder.weights: {weights or config.weights}", known)
-    if weights == "openai" and known and not known.get("quick_gelu"):
+    refuse_code(f"encoder.weights: {config.weights}", known)
+    if config.weights == "openai" and known and not known.get("quick_gelu"):
         raise UserError(f"encoder.model: OpenAI's weights need a QuickGELU model (try {model}-quickgelu), got {model}")
-    clip = open_clip.create_model(
-        model,
-        pretrained=weights if load_weights else None,
-        load_weights=load_weights,
-        require_pretrained=load_weights and config.weights != "random",
-        device=device,
-    )
+    clip = open_clip.create_model(model, tag, load_weights=load_weights, require_pretrained=needed, device=device)
     cfg = clip.visual.preprocess_cfg
     size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
     if config.resize == "crop" and cfg["resize_mode"] == "longest":
         raise UserError(f"encoder.resize: {model} pads its photos, which is not supported; use squash")
-    crop = config.resize == "crop" and cfg["resize_mode"] == "shortest"
-    return clip.visual, PhotoTransform(
-        size, size if crop else None, tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"]
-    )
+    resized = size if config.resize == "crop" and cfg["resize_mode"] == "shortest" else None
+    return clip.visual, PhotoTransform(size, resized, tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"])
 
 
 def _timm_net(config: EncoderConfig, device: str, load_weights: bool) -> tuple[nn.Module, PhotoTransform]:

@@ -64,14 +64,6 @@ def load_whole(what: str, kind: type, where: str | None, **options: Any):
     return model
 
 
-def fetch(name: str) -> Path:
-    """The folder of a hub's repository USER/NAME, downloaded or from the local cache. Raises UserError."""
-    from huggingface_hub import snapshot_download
-
-    with loading(f"checkpoint: {name}: no such folder here, and not from a model hub", local=False):
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*projector*", "*lora*"]))  # no model's weights
-
-
 def refuse_code(name: str, config: Any) -> None:
     """Raise a UserError where open_clip's `config` of the model `name` lets a stranger's code run."""
     if '"trust_remote_code"' in json.dumps(config):
