@@ -8,7 +8,6 @@ how it is read, and every tensor must be there, of the right shape, with none le
 """
 
 import json
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,9 +53,8 @@ def learnt(captioner: Captioner) -> dict[str, dict[str, Tensor]]:
     """The trained tensors by file and name."""
     from peft import get_peft_model_state_dict
 
-    with warnings.catch_warnings(action="ignore"):
-        # the head is adapted, and peft would add the embeddings tied to it: 125 MB for GPT-2
-        lora = get_peft_model_state_dict(captioner.decoder, save_embedding_layers=False)
+    # the head is adapted, and peft would add the embeddings tied to it: 125 MB for GPT-2
+    lora = get_peft_model_state_dict(captioner.decoder, save_embedding_layers=False)
     return {PROJECTOR: captioner.projector.state_dict(), LORA_WEIGHTS: lora}
 
 

@@ -76,8 +76,3 @@ def agreement(captions: Sequence[str], frequencies: Frequencies | None = None) -
         scores += np.divide(clipped, both, out=np.zeros_like(clipped), where=both > 0) * alike
     np.fill_diagonal(scores, 0.0)
     return 10 / LONGEST * scores.sum(axis=1) / max(1, len(grams) - 1)
-
-
-def most_agreed(captions: Sequence[str], frequencies: Frequencies | None = None) -> int:
-    """Which of a photo's captions agrees most with the others; the first of equals."""
-    return int(agreement(captions, frequencies).argmax())

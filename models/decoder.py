@@ -149,8 +149,7 @@ def merge_lora(decoder: nn.Module) -> nn.Module:
     if base.weight is words.weight:
         base.weight = nn.Parameter(words.weight.detach().clone(), requires_grad=False)
         lm.config.tie_word_embeddings = False
-    with warnings.catch_warnings(action="ignore"):
-        return decoder.merge_and_unload()
+    return decoder.merge_and_unload()
 
 
 class LoraProduct(torch.autograd.Function):

@@ -20,7 +20,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from models.consensus import Frequencies, most_agreed
+from models.consensus import Frequencies, agreement
 from models.decoder import attend_with
 
 # transformers calls the argument `cache` from 5.24 on, and `past_key_values` before.
@@ -192,13 +192,13 @@ def with_candidates(decodings: Decodings, seeds: Seeds) -> dict[Candidate, Draw]
 def choose_candidates(
     drawn: Drawn, decodings: Decodings, text: Callable[[TokenIds], str], frequencies: Frequencies | None = None
 ) -> dict[str, list[TokenIds]]:
-    """Of each photo's candidates the one that agrees most with the others (minimum Bayes risk)."""
+    """Of each photo's candidates the one that agrees most with the others (minimum Bayes risk); the first of equals."""
     captions = {}
     for name, decoding in decodings.items():
         captions[name] = drawn[name, 0]
         if decoding.candidates > 1:
             groups = zip(*(drawn[name, number] for number in range(decoding.candidates)))
-            captions[name] = [group[most_agreed(list(map(text, group)), frequencies)] for group in groups]
+            captions[name] = [group[agreement(list(map(text, group)), frequencies).argmax()] for group in groups]
     return captions
 
 

@@ -65,8 +65,7 @@ class PhotoTransform:
         """RGB photo -> (3, size, size) float32, normalised."""
         from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-        mode = InterpolationMode(self.interpolation)
-        resize = Resize(self.resized or (self.size, self.size), mode)
+        resize = Resize(self.resized or (self.size, self.size), InterpolationMode(self.interpolation))
         return Compose([resize, CenterCrop(self.size), ToTensor(), Normalize(self.mean, self.std)])(photo)
 
     def seen_box(self, width: int, height: int) -> tuple[float, float, float, float]:
@@ -169,13 +168,11 @@ def _open_clip_tower(config: EncoderConfig, device: str, load_weights: bool) -> 
 def _timm_net(config: EncoderConfig, device: str, load_weights: bool) -> tuple[nn.Module, PhotoTransform]:
     import timm
 
-    model, weights = config.model, config.weights
-    packed, file = weights.startswith(packaged.PREFIX), Path(weights).is_file()
+    weights, packed = config.weights, config.weights.startswith(packaged.PREFIX)
+    file, folder = Path(weights).is_file(), Path(weights).is_dir()
     pretrained = load_weights and not (packed or file or weights == "random")
-    if Path(weights).is_dir():
-        model = f"local-dir:{weights}"
-    elif pretrained:
-        model = f"{model}.{weights}"
+    tag = f".{weights}" if pretrained else ""
+    model = f"local-dir:{weights}" if folder else config.model + tag
     with torch.device("meta" if packed else device):  # packed weights replace all tensors
         net = timm.create_model(model, pretrained=pretrained)
     classifier = net.pretrained_cfg["classifier"]  # a name, or several

@@ -5,7 +5,7 @@ that the gradients equal those of one row a pair (the same packing as for langua
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from data.batches import Caption
 IMAGE, PADDING = 0, -1  # segments; captions are 1, 2, ...
 
 
-@dataclass
-class PackedBatch:
+class PackedBatch(NamedTuple):
     """Packed captions, one photo a row; L is the longest row's number of text tokens, the image prefix not counted."""
 
     input_ids: Tensor
@@ -34,10 +33,10 @@ class PackedBatch:
     """(N,) weight of each of these labels in the loss."""
 
     def pin_memory(self) -> "PackedBatch":
-        return PackedBatch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+        return PackedBatch(*(tensor.pin_memory() for tensor in self))
 
     def to(self, device: torch.device) -> "PackedBatch":
-        return PackedBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return PackedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def pack_rows(

@@ -33,13 +33,11 @@ class ProjectorConfig:
 class Projector(nn.Module):
     def __init__(self, config: ProjectorConfig, width_image: int, width_text: int):
         super().__init__()
-        self.normalize, self.width_image = config.normalize, width_image
+        self.norm = nn.LayerNorm(width_image, elementwise_affine=False) if config.normalize else nn.Identity()
         self.layers = PROJECTORS[config.kind](width_image, width_text)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, P, D_image) -> (B, P, D_text)"""
         weight = next(self.layers.parameters())
         features = features.to(weight.device, weight.dtype)  # cached ones come from disk, in half precision
-        if self.normalize:
-            features = nn.functional.layer_norm(features, (self.width_image,))
-        return self.layers(features)
+        return self.layers(self.norm(features))

@@ -56,8 +56,7 @@ def prepare_split(captioner: Captioner, photos: list[Photo], cache: Path, skip_b
         print(f"skipped photo {error}", file=sys.stderr)
     rest = iter(ids)
     captions = [[next(rest) for _ in photo.captions] for photo in photos]
-    eos = captioner.tokenizer.eos_token_id
-    return Split([photos[i] for i in good], features, [captions[i] for i in good], eos)
+    return Split([photos[i] for i in good], features, [captions[i] for i in good], captioner.tokenizer.eos_token_id)
 
 
 def weigh_by_agreement(split: Split, agreement: dict[str, list[float]], power: float) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, LRScheduler
 
 from models.captioner import Captioner
@@ -41,7 +42,7 @@ class Stage:
     """Each warm-restart period is so many times as long as the one before."""
 
 
-def parts_of(captioner: Captioner) -> dict[str, list[torch.nn.Parameter]]:
+def parts_of(captioner: Captioner) -> dict[str, list[nn.Parameter]]:
     """All parameters by part: encoder, projector, lora, decoder."""
     parts: dict[str, list] = {"encoder": [], "projector": [], "lora": [], "decoder": []}
     for name, parameter in captioner.named_parameters():
@@ -83,7 +84,7 @@ def prepare_training(captioner: Captioner, dtype: torch.dtype, device: torch.dev
     causal_lm(captioner.decoder).set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
 
 
-class Average:
+class Average(nn.Module):
     """An exponential average of what trains, over the steps of one stage; with `decay` 0 it is what trains itself.
 
     The average starts from weights that have learnt nothing. So it forgets faster at first: after n steps it keeps at
@@ -91,17 +92,18 @@ class Average:
     """
 
     def __init__(self, groups: list[dict], decay: float):
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.decay, self.steps = decay, 0
-        self.values = [parameter.detach().clone() for parameter in self.parameters] if decay else []
+        super().__init__()
+        self.trained, self.decay = [parameter for group in groups for parameter in group["params"]], decay
+        self.values = nn.ParameterList([parameter.detach().clone() for parameter in self.trained] if decay else [])
+        self.register_buffer("steps", torch.tensor(0))
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in what the optimizer has just made."""
         self.steps += 1
         if self.decay:
-            keep = min(self.decay, (1 + self.steps) / (10 + self.steps))
-            torch._foreach_lerp_(self.values, self.parameters, 1 - keep)
+            keep = min(self.decay, (1 + self.steps.item()) / (10 + self.steps.item()))
+            torch._foreach_lerp_(list(self.values), self.trained, 1 - keep)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -113,16 +115,8 @@ class Average:
             self._swap()
 
     def _swap(self) -> None:
-        for parameter, value in zip(self.parameters, self.values):
+        for parameter, value in zip(self.trained, self.values):
             parameter.data, value.data = value.data, parameter.data
-
-    def state_dict(self) -> dict:
-        return {"steps": self.steps, "values": self.values}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.steps = state["steps"]
-        for value, stored in zip(self.values, state["values"], strict=True):
-            value.copy_(stored)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoch: int) -> LRScheduler:

@@ -8,7 +8,7 @@ from PIL import Image
 from common.config import UserError
 from models import consensus as module
 from models.checkpoint import FREQUENCIES, load_captioner, save_captioner
-from models.consensus import Frequencies, agreement, count_frequencies, most_agreed, words_of
+from models.consensus import Frequencies, agreement, count_frequencies, words_of
 from models.decoding import Decoding, check_decoding, photo_seed
 from models.vlm import PROMPT, load_vlm
 
@@ -19,6 +19,10 @@ PHOTOS = [
     ["a dog and a girl on the beach", "a girl walks a dog", "dog on a beach", "a dog runs after a girl on the beach"],
     ["", "a red car", "a red car on the road", "a red car"],
 ]
+
+
+def most_agreed(captions: list[str], frequencies: Frequencies | None = None) -> int:
+    return int(agreement(captions, frequencies).argmax())
 
 
 def test_it_is_cider_d_of_each_caption_against_the_others(monkeypatch):
