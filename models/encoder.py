@@ -175,11 +175,11 @@ def _timm_net(config: EncoderConfig, device: str, load_weights: bool) -> tuple[n
     model = f"local-dir:{weights}" if folder else config.model + tag
     with torch.device("meta" if packed else device):  # packed weights replace all tensors
         net = timm.create_model(model, pretrained=pretrained)
-    classifier = net.pretrained_cfg["classifier"]  # a name, or several
     net.reset_classifier(0)
     if load_weights and packed:
         packaged.load_encoder(net, weights, model)
     elif load_weights and file:
+        classifier = net.pretrained_cfg["classifier"] or ()  # a name, or several
         stored = timm.models.load_state_dict(weights)
         net.load_state_dict({name: tensor for name, tensor in stored.items() if not name.startswith(classifier)})
     cfg = timm.data.resolve_model_data_config(net)
