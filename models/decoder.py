@@ -13,7 +13,7 @@ from torch import nn
 
 from common.config import UserError
 from models import packaged
-from models.hub import check_model, load_whole, loading
+from models.hub import load_whole, loading, means_folder
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ def check_decoder(config: DecoderConfig) -> list[str]:
     """What can be seen to be wrong with `config` before any weights are read; UserError for a packaged file."""
     if config.model.startswith(packaged.PREFIX):
         packaged.packaged_file("decoder.model", config.model)
-        return []
-    return check_model("decoder.model", config.model)
+    elif means_folder(config.model) and not (Path(config.model) / "config.json").is_file():
+        return [f"decoder.model: {Path(config.model)}: no such model folder, found no config.json in it"]
+    return []
 
 
 def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.Module, object]:

@@ -70,10 +70,6 @@ def refuse_code(name: str, config: Any) -> None:
         raise UserError(f"{name}: its open_clip_config.json asks for trust_remote_code; code of a model is never run")
 
 
-def check_model(setting: str, model: str) -> list[str]:
-    """What can be seen to be wrong with a `setting` that names a model of transformers, before anything loads."""
-    folder = Path(model)
-    local = folder.is_dir() or model.startswith((".", "~", "/")) or model.count("/") > 1  # a hub id is OWNER/NAME
-    if local and not (folder / "config.json").is_file():
-        return [f"{setting}: {folder}: expected a hub id or a model folder, found no config.json in it"]
-    return []
+def means_folder(model: str) -> bool:
+    """Whether a model's name can only mean a local folder, or is one: a hub id is NAME or OWNER/NAME."""
+    return Path(model).is_dir() or model.startswith((".", "~", "/")) or model.count("/") > 1

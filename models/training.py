@@ -42,11 +42,11 @@ class Stage:
     """Each warm-restart period is so many times as long as the one before."""
 
 
-def parts_of(captioner: Captioner) -> dict[str, list[nn.Parameter]]:
+def parts_of(captioner: Captioner) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """All parameters by part: encoder, projector, lora, decoder."""
     parts: dict[str, list] = {"encoder": [], "projector": [], "lora": [], "decoder": []}
     for name, parameter in captioner.named_parameters():
-        parts["lora" if "lora_" in name else name.partition(".")[0]].append(parameter)
+        parts["lora" if "lora_" in name else name.partition(".")[0]].append((name, parameter))
     return parts
 
 
@@ -60,7 +60,8 @@ def set_trainable(captioner: Captioner, name: str, stage: Stage) -> list[dict]:
     adapt = "lora" in STAGES[name]  # until it trains LoRA changes nothing, so its products are left out
     captioner.decoder.enable_adapter_layers() if adapt else captioner.decoder.disable_adapter_layers()
     print(f"{name:10} {'parameters':>15} {'trainable':>13} {'lr':>8}")
-    for part, parameters in parts_of(captioner).items():
+    for part, named in parts_of(captioner).items():
+        parameters = [parameter for _, parameter in named]
         train = part in STAGES[name]
         lr = stage.projector_lr if part == "projector" and stage.projector_lr else stage.lr  # at its highest
         for parameter in parameters:
@@ -77,7 +78,7 @@ def set_trainable(captioner: Captioner, name: str, stage: Stage) -> list[dict]:
 
 def prepare_training(captioner: Captioner, dtype: torch.dtype, device: torch.device) -> None:
     """Make a training step cheap: frozen weights in `dtype`, fused LoRA, the attention that is fastest on `device`."""
-    for parameter in parts_of(captioner)["decoder"]:  # in 16 bits once, not cast anew at each step
+    for _, parameter in parts_of(captioner)["decoder"]:  # in 16 bits once, not cast anew at each step
         parameter.data = parameter.data.to(dtype)
     fuse_lora(captioner.decoder)
     # on a CPU the backward pass of sdpa under a mask is several times slower than attention written out

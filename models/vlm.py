@@ -22,7 +22,7 @@ from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
 from models.decoding import CACHE, Decoding, choose_candidates, generate_all, generate_plainly, with_candidates
 from models.encoder import PatchGrid
-from models.hub import load_whole, loading
+from models.hub import load_whole, loading, means_folder
 from models.patch_boxes import grid_of, measure_boxes, on_grid
 
 # What LLaVA-1.5 was asked for captions in training (Liu et al. 2023).
@@ -170,6 +170,13 @@ class VisionLanguageModel(nn.Module):
     def randomize(self) -> None:
         """Draw all weights anew."""
         randomize(self.model)
+
+
+def check_model(model: str) -> list[str]:
+    """What can be seen to be wrong with a model's name before anything loads."""
+    if means_folder(model) and not (Path(model) / "config.json").is_file():
+        return [f"model: {Path(model)}: expected a hub id or a model folder, found no config.json in it"]
+    return []
 
 
 def load_vlm(

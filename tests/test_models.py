@@ -490,7 +490,7 @@ SPOILT = {
     "adapter_model.safetensors: of another model .*: 1 tensors, .*, got none":
         lambda best: without_one(best / LORA_WEIGHTS),
     "captioner.json: expected the settings of a captioner": lambda best: edit(best / "captioner.json", "rank", "rnk"),
-    "decoder.model: /nowhere/.*: expected a hub id or a model folder":
+    "decoder.model: /nowhere/.*: no such model folder":
         lambda best: edit(best / "captioner.json", '"model": "/', '"model": "/nowhere/'),
 }  # fmt: skip
 

