@@ -65,7 +65,7 @@ def random_clip(device: torch.device) -> Clip:
     import open_clip
 
     model, _, transform = open_clip.create_model_and_transforms("ViT-B-32-quickgelu", device=device)
-    return Clip("random", model.eval(), transform, open_clip.get_tokenizer("ViT-B-32-quickgelu"), device)
+    return Clip(model.eval(), transform, open_clip.get_tokenizer("ViT-B-32-quickgelu"), device)
 
 
 def time_texts(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.config import UserError
+from common.config import NothingDone, UserError
 from common.device import module_hash
-from metrics import MetricUnavailable
 from models.hub import loading, refuse_code
 
 WEIGHT = 2.5
@@ -24,7 +23,6 @@ WEIGHT = 2.5
 class Clip(NamedTuple):
     """An open_clip model in float32 with its own photo transform and tokenizer."""
 
-    name: str
     model: torch.nn.Module
     transform: Any
     tokenizer: Any
@@ -33,23 +31,11 @@ class Clip(NamedTuple):
     """open_clip's description of the model: widths, layers, heads, activation."""
 
 
-class ClipVectors(NamedTuple):
-    """CLIP's unit vectors of one run, for the photos that could be decoded."""
-
-    stems: list[str]
-    photos: Tensor
-    """(N, D)"""
-    captions: Tensor
-    """(N, D)"""
-    references: Sequence[Tensor] = ()
-    """(K, D) for each photo with K references; empty where RefCLIPScore is not asked for."""
-
-
 def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", device: Any = "cpu") -> Clip:
     """Load a model of open_clip: a built-in name with a tag or a weights file, or `local-dir:FOLDER` / `hf-hub:REPO`.
 
     Half precision changes scores by up to 1e-3, so the weights are always float32. Raises UserError where the name,
-    tag, file or folder is wrong, and MetricUnavailable where a hub has the weights but cannot be reached.
+    tag, file or folder is wrong, and NothingDone where a hub has the weights but cannot be reached.
     """
     import open_clip
 
@@ -61,12 +47,12 @@ def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", devi
     label = name if name.startswith(("local-dir:", "hf-hub:")) else f"{name}/{pretrained}"
     local = not tag and not name.startswith("hf-hub:")
     what = f"clip_model: {label} could not be loaded" if local else f"no weights for {label}"
-    with loading(what, local, MetricUnavailable):
+    with loading(what, local, NothingDone):
         architecture = open_clip.get_model_config(name)
         refuse_code(f"clip_model: {name}", architecture)
         model, transform = open_clip.create_model_from_pretrained(name, pretrained, "fp32", device)
         tokenizer = open_clip.get_tokenizer(name)
-    return Clip(label, model.eval(), transform, tokenizer, torch.device(device), architecture)
+    return Clip(model.eval(), transform, tokenizer, torch.device(device), architecture)
 
 
 def tokenize(clip: Clip, captions: Sequence[str]) -> tuple[Tensor, list[bool]]:

@@ -202,7 +202,7 @@ def test_the_script_scores_as_the_libraries_do(scene, clip_folder):
     assert (scores["n"], scores["idf"], list(scores["photos"])) == (3, "subset", list(CAPTIONS))
     assert scores["corpus"] == {"cider": means["CIDEr"], "clipscore": means["CLIPScore"]}
     assert means["CIDEr"] == cider(REFERENCES, CAPTIONS)[0]
-    assert scores["versions"]["clip"] == f"local-dir:{clip_folder}"
+    assert scores["settings"]["clip_model"] == f"local-dir:{clip_folder}" and "open_clip_torch" in scores["versions"]
     plain = {name: plain_clipscore(clip_folder, scene / "photos" / f"{name}.png", CAPTIONS[name]) for name in CAPTIONS}
     assert {name: one["clipscore"] for name, one in scores["photos"].items()} == pytest.approx(plain, abs=1e-6)
     assert max(plain.values()) > 0 and means["CLIPScore"] == pytest.approx(sum(plain.values()) / 3, abs=1e-6)
