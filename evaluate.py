@@ -26,9 +26,9 @@ from common.files import check_output, read_text, write_json
 from data.evaluation import Inputs, MissingPolicy, match, read_references, read_runs
 from data.instances import Instances, read_instances
 from data.photos import first_of
-from metrics.clipscore import WEIGHT, ImageTower, clip_scores, encode_captions, load_clip, ref_clip_scores, tokenize
+from metrics.clipscore import WEIGHT, ImageTower, clip_scores, encode_captions, load_clip, ref_clip_scores
 from metrics.statistics import Score, interval, mean_score, paired
-from metrics.table import LABELS, MEANINGS, METRICS, Captioned
+from metrics.table import LABELS, MEANINGS, METRICS
 from models.features import encode_files
 from pages.scores import write_scores_page
 
@@ -54,8 +54,6 @@ class Config(CommonSettings):
     """What to score; what each score means stands at the top of this help."""
     instances: Path | None = None
     """COCO instances: the objects in each photo, for chair."""
-    idf: Literal["subset", "full"] = "subset"
-    """Where CIDEr counts how rare an n-gram is: in references of the scored photos (the official way), or in all."""
     missing: MissingPolicy = "error"
     """A photo without a prediction is a mistake, or is left out for all runs (skip), or scores 0 (zero)."""
     split: str | None = None
@@ -117,8 +115,7 @@ def score_with_clip(inputs: Inputs, cfg: Config) -> list[Scores]:
     photos = features[range(len(good))][:, 0].to(clip.device)
 
     def encode(texts: list[str]):
-        tokens, cut = tokenize(clip, [cfg.clip_prefix + text for text in texts])
-        return encode_captions(clip, tokens, cfg.batch_size), cut
+        return encode_captions(clip, [cfg.clip_prefix + text for text in texts], cfg.batch_size)
 
     references = None
     if "refclipscore" in cfg.metrics:
@@ -141,14 +138,14 @@ def score_with_clip(inputs: Inputs, cfg: Config) -> list[Scores]:
 
 def score_runs(inputs: Inputs, instances: Instances | None, cfg: Config) -> tuple[list[Scores], list[str]]:
     """The scores of each run, and for each metric that cannot run one line that says why."""
-    if len(inputs.photos) == 1 and "cider" in cfg.metrics and cfg.idf == "subset":
+    if len(inputs.photos) == 1 and "cider" in cfg.metrics:
         notice("CIDEr of a single photo is always 0: n-grams that are in the references of all photos have no weight")
     scores: list[Scores] = [{} for _ in inputs.runs]
     failures = []
-    runs = [Captioned(run.captions, inputs.references, cfg.idf, instances) for run in inputs.runs]
     for name in [name for name in METRICS if name in cfg.metrics]:
         try:
-            scores = [known | METRICS[name](run) for known, run in zip(scores, runs)]
+            found = [METRICS[name](inputs.references, run.captions, instances) for run in inputs.runs]
+            scores = [known | new for known, new in zip(scores, found)]
         except NothingDone as reason:
             failures.append(f"{name} cannot run: {reason}")
     if CLIP & set(cfg.metrics):
@@ -161,19 +158,16 @@ def score_runs(inputs: Inputs, instances: Instances | None, cfg: Config) -> tupl
 
 def to_json(name: str, scores: Scores, stems: list[str], cfg: Config) -> dict[str, Any]:
     """A run as it stands in scores.json; CIDEr and CLIPScore are always there, None where there is no score."""
-    photos = {name: score.photos for name, score in scores.items() if score.photos}
-    columns = {"cider": {}, "clipscore": {}} | photos
+    photos = {"cider": {}, "clipscore": {}} | {name: score.photos for name, score in scores.items() if score.photos}
     return {
         "name": name,
         "n": len(stems),
-        "scored": {name: len(of_photos) for name, of_photos in photos.items()},
-        "idf": cfg.idf,
-        "missing": cfg.missing,
+        "scored": {name: len(of_photos) for name, of_photos in photos.items() if of_photos},
         "versions": {name: version(name) for name in ("pycocoevalcap", "open_clip_torch")},
         "settings": plain(cfg),
         "corpus": {"cider": None, "clipscore": None} | {name: score.corpus for name, score in scores.items()},
         "intervals": {name: interval(score, stems, cfg.seed) for name, score in scores.items() if score.has_interval},
-        "photos": {stem: {name: of_photos.get(stem) for name, of_photos in columns.items()} for stem in stems},
+        "photos": {stem: {name: of_photos.get(stem) for name, of_photos in photos.items()} for stem in stems},
     }
 
 
@@ -189,7 +183,7 @@ def compare(runs: list[dict[str, Any]], scores: list[Scores], stems: list[str], 
 
 def table(runs: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
     """Scores with their intervals, and each run's differences from the first one, as text."""
-    lines = [f"{runs[0]['n']} photos, CIDEr-D with idf {runs[0]['idf']}; 95% bootstrap intervals over photos"]
+    lines = [f"{runs[0]['n']} photos; 95% bootstrap intervals over photos"]
     if len(runs) > 1:
         lines[0] += f"; difference from {runs[0]['name']} on the same photos, p of a permutation test"
     changes = {(change["run"], change["metric"]): change for change in differences}

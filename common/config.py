@@ -14,7 +14,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
@@ -69,14 +69,17 @@ def config_from(Config: type[T], values: Any) -> T:
     return _build(Config, flatten(values))
 
 
-def field_types(Config: type, prefix: str = "") -> dict[str, Any]:
-    """Type of every field of a config dataclass by its dotted name; fields that are dataclasses are entered."""
-    fields: dict[str, Any] = {}
+def field_types(Config: type, prefix: str = "") -> dict[str, str]:
+    """Type of every field of a config dataclass by its dotted name; fields that are dataclasses are entered.
+
+    The types are as --help names them: `bool`, `list[int]`, `Literal['a', 'b']`, `PositiveInt | None`.
+    """
+    fields: dict[str, str] = {}
     for name, kind in get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             fields |= field_types(kind, f"{prefix}{name}.")
         else:
-            fields[prefix + name] = kind
+            fields[prefix + name] = re.sub(r"\w+\.", "", kind.__name__ if isinstance(kind, type) else str(kind))
     return fields
 
 
@@ -104,7 +107,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return {key: f"was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value}
 
 
-def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
+def _read_flags(args: list[str], fields: dict[str, str], aliases: dict[str, str]) -> dict[str, Any]:
     """The settings by dotted name, as `args` and the files named in them give them, not yet converted."""
     flags: list[list[str]] = []  # each with its values
     for arg in args:
@@ -116,12 +119,13 @@ def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]
     files = {"config"} | {name.rpartition(".")[0] for name in fields if "." in name}  # settings, or a group of them
     for flag, *values in flags:
         key = aliases.get(flag, flag)
+        kind = fields.get(key, "")
         if key in files and values:
             settings |= _read_yaml(key, " ".join(values), "" if key == "config" else f"{key}.")
-        elif fields.get(key) is bool and not values:
+        elif kind == "bool" and not values:
             settings[key] = True
         else:
-            settings[key] = values[0] if len(values) == 1 and not _is_list(fields.get(key)) else values
+            settings[key] = values[0] if len(values) == 1 and "list" not in kind else values
     return settings
 
 
@@ -140,15 +144,14 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
     try:
         parsed = parser.instantiate(parser.parse_object(Namespace(settings)))
     except (ArgumentError, TypeError) as error:
-        match = re.search(r'key "([^"]+)"', str(error))
-        if match is None or match[1] not in settings:  # one that is required, and not given
+        key = next((key for key in settings if f'key "{key}"' in str(error)), None)
+        if key is None:  # a setting that is required, and not given
             raise UserError(" ".join(str(error).split())) from None
-        key = match[1]
-        raise UserError(f"{key}: expected {_in_words(fields[key])}, got {str(settings[key])!r}") from None
+        raise UserError(f"{key}: expected {fields[key]}, got {str(settings[key])!r}") from None
     return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
 
 
-def _unknown(key: str, fields: dict[str, Any]) -> str:
+def _unknown(key: str, fields: dict[str, str]) -> str:
     near = [name for name in fields if key in name.split(".")] or difflib.get_close_matches(key, fields, n=1)
     return f"{key}: unknown setting; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them all")
 
@@ -171,15 +174,6 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return dataclasses.replace(value, **{name: _plain(field) for name, field in vars(value).items()})
     return json.loads(json.dumps(value)) if isinstance(value, int | float) else value
-
-
-def _is_list(kind: Any) -> bool:
-    return list in (kind, get_origin(kind)) or any(map(_is_list, get_args(kind)))
-
-
-def _in_words(kind: Any) -> str:
-    """A type as --help names it: `Literal['a', 'b']`, `PositiveInt | None`."""
-    return re.sub(r"\w+\.", "", kind.__name__ if isinstance(kind, type) else str(kind))
 
 
 def plain(config: Any) -> dict[str, Any]:
