@@ -24,17 +24,17 @@ from common.config import CommonSettings, NothingDone, UserError, check, plain, 
 from common.device import pick_device
 from common.files import check_output, read_text, write_json
 from data.evaluation import Inputs, MissingPolicy, match, read_references, read_runs
-from data.instances import read_instances
+from data.instances import Instances, read_instances
 from data.photos import first_of
-from metrics import MetricUnavailable
-from metrics.clipscore import WEIGHT, Clip, ClipVectors, ImageTower, encode_captions, load_clip, tokenize
-from metrics.statistics import Score, interval, paired
-from metrics.table import LABELS, MEANINGS, METRICS, Captioned
+from metrics.clipscore import WEIGHT, ImageTower, clip_scores, encode_captions, load_clip, ref_clip_scores
+from metrics.statistics import Score, interval, mean_score, paired
+from metrics.table import LABELS, MEANINGS, METRICS
 from models.features import encode_files
 from pages.scores import write_scores_page
 
 __doc__ += "\nScores:\n" + "\n".join(f"    {LABELS[name]}: {meaning}" for name, meaning in MEANINGS.items())
 ALIASES = {"pred_file": "predictions", "images_root": "images", "annotation_file": "annotations"}
+CLIP = {"clipscore", "refclipscore"}  # the metrics that read photos
 Scores = dict[str, Score]  # by metric
 
 
@@ -50,12 +50,10 @@ class Config(CommonSettings):
     """The references: COCO style, Karpathy's JSON, Flickr8k's token file or a CSV of image,caption."""
     images: Path | None = None
     """Folder of the photos; only CLIPScore reads them, and finds them itself where they lie beside the annotations."""
-    metrics: list[Literal[tuple(METRICS)]] = field(default_factory=lambda: ["cider", "clipscore"])
+    metrics: list[Literal[(*METRICS, *sorted(CLIP))]] = field(default_factory=lambda: ["cider", "clipscore"])
     """What to score; what each score means stands at the top of this help."""
     instances: Path | None = None
     """COCO instances: the objects in each photo, for chair."""
-    idf: Literal["subset", "full"] = "subset"
-    """Where CIDEr counts how rare an n-gram is: in references of the scored photos (the official way), or in all."""
     missing: MissingPolicy = "error"
     """A photo without a prediction is a mistake, or is left out for all runs (skip), or scores 0 (zero)."""
     split: str | None = None
@@ -101,65 +99,75 @@ def check_settings(cfg: Config) -> Path:
     return path
 
 
-def encode_with_clip(clip: Clip, inputs: Inputs, cfg: Config) -> dict[str, ClipVectors]:
-    """CLIP's vectors for each run by its name; the photos' come from the cache if they are there.
+def score_with_clip(inputs: Inputs, cfg: Config) -> list[Scores]:
+    """CLIPScore and, where it is asked for, RefCLIPScore of each run, on the photos that can be read.
 
-    Raises MetricUnavailable where no photo can be read.
+    The photos' vectors come from the cache if they are there. Raises NothingDone where CLIP cannot be loaded, or no
+    photo be read.
     """
+    clip = load_clip(cfg.clip_model, cfg.clip_pretrained, pick_device(cfg.device))
     features, good, bad = encode_files(ImageTower(clip), inputs.photos, cfg.features, cfg.batch_size, dtype=np.float32)
     if not good:
-        raise MetricUnavailable("none of the photos can be read")
+        raise NothingDone("none of the photos can be read")
     if bad:
         notice(f"CLIPScore is the mean of {len(good)} of {len(inputs.photos)} photos")
     stems = [inputs.photos[i].stem for i in good]
     photos = features[range(len(good))][:, 0].to(clip.device)
 
     def encode(texts: list[str]):
-        tokens, cut = tokenize(clip, [cfg.clip_prefix + text for text in texts])
-        return encode_captions(clip, tokens, cfg.batch_size), cut
+        return encode_captions(clip, [cfg.clip_prefix + text for text in texts], cfg.batch_size)
 
-    references = ()
+    references = None
     if "refclipscore" in cfg.metrics:
         vectors, _ = encode([text for stem in stems for text in inputs.references[stem]])
         references = vectors.split([len(inputs.references[stem]) for stem in stems])
-    found = {}
+    found = []
     for run in inputs.runs:
         captions, cut = encode([run.captions[stem] for stem in stems])
-        found[run.name] = ClipVectors(stems, photos, captions, references)
+        scores = clip_scores(photos, captions, cfg.clip_scale)
+        scores *= scores.new_tensor([bool(run.captions[stem].strip()) for stem in stems])  # an empty caption scores 0
+        values = {"clipscore": scores}
+        if references:
+            values["refclipscore"] = ref_clip_scores(scores, captions, references)
+        found.append({name: mean_score(dict(zip(stems, one.tolist()))) for name, one in values.items()})
         if any(cut):
             which = first_of([stem for stem, long in zip(stems, cut) if long])
             notice(f"{run.name}: CLIP reads the caption of {which} only in part: it is longer than CLIP's text input")
     return found
 
 
-def score_runs(runs: list[Captioned], cfg: Config) -> tuple[list[Scores], list[str]]:
+def score_runs(inputs: Inputs, instances: Instances | None, cfg: Config) -> tuple[list[Scores], list[str]]:
     """The scores of each run, and for each metric that cannot run one line that says why."""
-    if len(runs[0].captions) == 1 and "cider" in cfg.metrics and cfg.idf == "subset":
+    if len(inputs.photos) == 1 and "cider" in cfg.metrics:
         notice("CIDEr of a single photo is always 0: n-grams that are in the references of all photos have no weight")
-    scores: list[Scores] = [{} for _ in runs]
+    scores: list[Scores] = [{} for _ in inputs.runs]
     failures = []
     for name in [name for name in METRICS if name in cfg.metrics]:
         try:
-            scores = [known | METRICS[name](run) for known, run in zip(scores, runs)]
-        except MetricUnavailable as reason:
+            found = [METRICS[name](inputs.references, run.captions, instances) for run in inputs.runs]
+            scores = [known | new for known, new in zip(scores, found)]
+        except NothingDone as reason:
             failures.append(f"{name} cannot run: {reason}")
+    if CLIP & set(cfg.metrics):
+        try:
+            scores = [known | new for known, new in zip(scores, score_with_clip(inputs, cfg))]
+        except NothingDone as reason:
+            failures.append(f"CLIPScore: {reason}")
     return scores, failures
 
 
-def to_json(scores: Scores, stems: list[str], versions: dict[str, str], cfg: Config) -> dict[str, Any]:
+def to_json(name: str, scores: Scores, stems: list[str], cfg: Config) -> dict[str, Any]:
     """A run as it stands in scores.json; CIDEr and CLIPScore are always there, None where there is no score."""
-    photos = {name: score.photos for name, score in scores.items() if score.photos}
-    columns = {"cider": {}, "clipscore": {}} | photos
+    photos = {"cider": {}, "clipscore": {}} | {name: score.photos for name, score in scores.items() if score.photos}
     return {
+        "name": name,
         "n": len(stems),
-        "scored": {name: len(of_photos) for name, of_photos in photos.items()},
-        "idf": cfg.idf,
-        "missing": cfg.missing,
-        "versions": versions,
+        "scored": {name: len(of_photos) for name, of_photos in photos.items() if of_photos},
+        "versions": {name: version(name) for name in ("pycocoevalcap", "open_clip_torch")},
         "settings": plain(cfg),
         "corpus": {"cider": None, "clipscore": None} | {name: score.corpus for name, score in scores.items()},
         "intervals": {name: interval(score, stems, cfg.seed) for name, score in scores.items() if score.has_interval},
-        "photos": {stem: {name: of_photos.get(stem) for name, of_photos in columns.items()} for stem in stems},
+        "photos": {stem: {name: of_photos.get(stem) for name, of_photos in photos.items()} for stem in stems},
     }
 
 
@@ -175,7 +183,7 @@ def compare(runs: list[dict[str, Any]], scores: list[Scores], stems: list[str], 
 
 def table(runs: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
     """Scores with their intervals, and each run's differences from the first one, as text."""
-    lines = [f"{runs[0]['n']} photos, CIDEr-D with idf {runs[0]['idf']}; 95% bootstrap intervals over photos"]
+    lines = [f"{runs[0]['n']} photos; 95% bootstrap intervals over photos"]
     if len(runs) > 1:
         lines[0] += f"; difference from {runs[0]['name']} on the same photos, p of a permutation test"
     changes = {(change["run"], change["metric"]): change for change in differences}
@@ -198,39 +206,26 @@ def fixed_point(score: float | None) -> str:
 
 
 def main(cfg: Config) -> None:
-    with_clip = bool({"clipscore", "refclipscore"} & set(cfg.metrics))
     captions = read_runs(cfg.predictions)
     annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split)
-    inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, with_clip)
+    inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, clip=bool(CLIP & set(cfg.metrics)))
     output = check_settings(cfg)
     instances = read_instances(cfg.instances) if "chair" in cfg.metrics else None
     unknown = [photo.stem for photo in inputs.photos if instances and photo.stem not in instances.objects]
     check([f"instances: {cfg.instances} does not know {first_of(unknown)}"] if unknown else [])
     notice(*inputs.notices)
 
-    versions, vectors, failures = {"pycocoevalcap": version("pycocoevalcap")}, {}, []
-    if with_clip:
-        try:
-            clip = load_clip(cfg.clip_model, cfg.clip_pretrained, pick_device(cfg.device))
-            vectors = encode_with_clip(clip, inputs, cfg)
-            versions |= {"open_clip": version("open_clip_torch"), "clip": clip.name}
-        except MetricUnavailable as reason:
-            failures.append(f"CLIPScore: {reason}")
-    shared = inputs.references, cfg.idf, cfg.clip_scale, instances
-    scores, more = score_runs([Captioned(run.captions, *shared, vectors.get(run.name)) for run in inputs.runs], cfg)
-    failures += more
-
+    scores, failures = score_runs(inputs, instances, cfg)
     stems = [photo.stem for photo in inputs.photos]
-    runs = [to_json(of_run, stems, versions, cfg) for of_run in scores]
+    runs = [to_json(run.name, of_run, stems, cfg) for run, of_run in zip(inputs.runs, scores)]
     cider, clipscore = (fixed_point(runs[0]["corpus"][metric]) for metric in ("cider", "clipscore"))
     means = f"CIDEr: {cider} | CLIPScore: {clipscore}"
     if not scores[0]:
         print(means)
         raise NothingDone("; ".join(failures))
-    named = [{"name": run.name} | of_run for run, of_run in zip(inputs.runs, runs)]
-    differences = compare(named, scores, stems, cfg.seed)
-    write_json(output, runs[0] if len(runs) == 1 else {"runs": named, "paired": differences})
-    print(table(named, differences))
+    differences = compare(runs, scores, stems, cfg.seed)
+    write_json(output, runs[0] if len(runs) == 1 else {"runs": runs, "paired": differences})
+    print(table(runs, differences))
     print(f"\nscores of every photo: {output}")
     if cfg.page:
         write_scores_page(cfg.page, inputs, runs)

@@ -55,8 +55,6 @@ class Config(CommonSettings):
 def check_settings(cfg: Config) -> None:
     """Raise a UserError for what is wrong with the settings alone."""
     problems = check_model(cfg.model) + check_decoding("own", cfg.own)
-    if len(set(cfg.decoding)) < len(cfg.decoding):
-        problems.append(f"decoding: expected different names of decodings, got {' '.join(cfg.decoding)}")
     if cfg.own != Decoding() and "own" not in cfg.decoding:
         problems.append("own: these settings are of the decoding `own`, not chosen; expected own in decoding")
     check(problems)

@@ -22,7 +22,7 @@ from common.device import pick_device
 from data.photos import load_photo
 from demo import shapes
 from metrics.cider import JAVA, cider, tokenize_lines
-from metrics.clipscore import Clip, ImageTower, encode_captions, tokenize
+from metrics.clipscore import Clip, ImageTower, encode_captions
 from models.features import encode_files
 
 PHOTOS, TEXTS, SEEN = 1000, 128, 200  # photos of CIDEr, captions that CLIP encodes, photos that it encodes or finds
@@ -65,7 +65,7 @@ def random_clip(device: torch.device) -> Clip:
     import open_clip
 
     model, _, transform = open_clip.create_model_and_transforms("ViT-B-32-quickgelu", device=device)
-    return Clip("random", model.eval(), transform, open_clip.get_tokenizer("ViT-B-32-quickgelu"), device)
+    return Clip(model.eval(), transform, open_clip.get_tokenizer("ViT-B-32-quickgelu"), device)
 
 
 def time_texts(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
@@ -75,7 +75,7 @@ def time_texts(clip: Clip, cfg: Rounds) -> tuple[dict[str, float], bool]:
         texts = (clip.tokenizer([caption]).to(clip.device) for caption in captions)
         return torch.cat([clip.model.encode_text(text, normalize=True) for text in texts])
 
-    forms = {"clip_text_plain": plain, "clip_text": lambda: encode_captions(clip, tokenize(clip, captions)[0])}
+    forms = {"clip_text_plain": plain, "clip_text": lambda: encode_captions(clip, captions)[0]}
     seconds, vectors = interleaved(forms, cfg.rounds)
     return seconds, torch.allclose(vectors["clip_text"], vectors["clip_text_plain"], atol=1e-5)
 

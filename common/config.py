@@ -14,7 +14,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
@@ -66,28 +66,31 @@ def parse_config(Config: type[T], args: Sequence[str] | None = None, aliases: di
 
 def config_from(Config: type[T], values: Any) -> T:
     """A config dataclass from nested plain values, checked as on a command line. Raises UserError."""
-    if not isinstance(values, dict):
-        raise UserError(f"expected a mapping of keys to values, got {values!r:.60}")
     return _build(Config, flatten(values))
 
 
-def field_types(Config: type, prefix: str = "") -> dict[str, Any]:
-    """Type of every field of a config dataclass by its dotted name; fields that are dataclasses are entered."""
-    fields: dict[str, Any] = {}
+def field_types(Config: type, prefix: str = "") -> dict[str, str]:
+    """Type of every field of a config dataclass by its dotted name; fields that are dataclasses are entered.
+
+    The types are as --help names them: `bool`, `list[int]`, `Literal['a', 'b']`, `PositiveInt | None`.
+    """
+    fields: dict[str, str] = {}
     for name, kind in get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             fields |= field_types(kind, f"{prefix}{name}.")
         else:
-            fields[prefix + name] = kind
+            fields[prefix + name] = re.sub(r"\w+\.", "", kind.__name__ if isinstance(kind, type) else str(kind))
     return fields
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted name.
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted name. Raises UserError where `values` is no dictionary.
 
     >>> flatten({"seed": 0, "lora": {"rank": 8}})
     {'seed': 0, 'lora.rank': 8}
     """
+    if not isinstance(values, dict):
+        raise UserError(f"expected a mapping of keys to values, got {values!r:.60}")
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -104,65 +107,52 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return {key: f"was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value}
 
 
-def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
+def _read_flags(args: list[str], fields: dict[str, str], aliases: dict[str, str]) -> dict[str, Any]:
     """The settings by dotted name, as `args` and the files named in them give them, not yet converted."""
+    flags: list[list[str]] = []  # each with its values
+    for arg in args:
+        if arg.startswith("--") or not flags:
+            flags.append(arg.removeprefix("--").split("=", 1))
+        else:
+            flags[-1].append(arg)
     settings: dict[str, Any] = {}
     files = {"config"} | {name.rpartition(".")[0] for name in fields if "." in name}  # settings, or a group of them
-    while args:
-        flag, equals, value = args.pop(0).partition("=")
-        key = aliases.get(flag.removeprefix("--"), flag.removeprefix("--"))
-        kind, values = fields.get(key), [value] if equals else []
-        while not equals and args and not args[0].startswith("--") and (_is_list(kind) or not values):
-            values.append(args.pop(0))
-        if not flag.startswith("--") or key not in fields.keys() | files:
-            settings[key] = None  # an unknown setting, which is refused later
-        elif not values and kind is not bool:
-            raise UserError(f"{key}: expected a value, none given")
-        elif key in files:
-            settings |= flatten(_read_yaml(key, values[0]), "" if key == "config" else f"{key}.")
-        elif _is_list(kind) and not values[0].startswith("["):
-            settings[key] = json.dumps(values, ensure_ascii=False)
+    for flag, *values in flags:
+        key = aliases.get(flag, flag)
+        kind = fields.get(key, "")
+        if key in files and values:
+            settings |= _read_yaml(key, " ".join(values), "" if key == "config" else f"{key}.")
+        elif kind == "bool" and not values:
+            settings[key] = True
         else:
-            settings[key] = values[0] if values else "true"
+            settings[key] = values[0] if len(values) == 1 and "list" not in kind else values
     return settings
 
 
-def _read_yaml(key: str, file: str) -> dict[str, Any]:
-    expected = f"{key}: {file}: expected YAML lines of `key: value`"
+def _read_yaml(key: str, file: str, prefix: str) -> dict[str, Any]:
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("aliases (*NAME) are not read, since a few of them can stand for gigabytes")
-        values = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{expected}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{expected}, got {values!r:.60}")
-    return values
+        return flatten(yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")), prefix)
+    except (OSError, ValueError, RecursionError, UserError, yaml.YAMLError) as error:
+        raise UserError(f"{key}: {file}: {error}") from None
 
 
 def _build(Config: type[T], settings: dict[str, Any]) -> T:
     """The config of these settings by dotted name, each converted to its field's type by jsonargparse."""
     parser, fields = _parser(Config), field_types(Config)
-    check([_unknown(key, value, fields) for key, value in settings.items() if key not in fields])
-    check([f"{key}: expected at least one value, got none" for key, value in settings.items() if value in ([], "[]")])
+    check([f"{key}: expected at least one value, got none" for key, value in settings.items() if value == []])
+    check([_unknown(key, fields) for key in settings if key not in fields])
     try:
         parsed = parser.instantiate(parser.parse_object(Namespace(settings)))
     except (ArgumentError, TypeError) as error:
-        match = re.search(r'key "([^"]+)"|required: (.*)', str(error))
-        if match and match[2]:
-            raise UserError(f"{match[2]}: required, not given") from None
-        if match is None or match[1] not in settings:
+        key = next((key for key in settings if f'key "{key}"' in str(error)), None)
+        if key is None:  # a setting that is required, and not given
             raise UserError(" ".join(str(error).split())) from None
-        expected, got = _in_words(fields[match[1]]), str(settings[match[1]])
-        raise UserError(f"{match[1]}: expected {expected}, got {got!r}") from None
+        raise UserError(f"{key}: expected {fields[key]}, got {str(settings[key])!r}") from None
     return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
 
 
-def _unknown(key: str, value: Any, fields: dict[str, Any]) -> str:
-    if any(name.startswith(f"{key}.") for name in fields):
-        return f"{key}: expected a mapping of keys to values, got {value!r:.60}"
-    near = [name for name in fields if name.endswith(f".{key}")] or difflib.get_close_matches(key, fields, n=1)
+def _unknown(key: str, fields: dict[str, str]) -> str:
+    near = [name for name in fields if key in name.split(".")] or difflib.get_close_matches(key, fields, n=1)
     return f"{key}: unknown setting; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them all")
 
 
@@ -182,27 +172,8 @@ def _parser(Config: type) -> ArgumentParser:
 def _plain(value: Any) -> Any:
     """A config with plain numbers: one of PositiveFloat would be pickled as such, and no safe loader takes it back."""
     if dataclasses.is_dataclass(value):
-        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
-    if isinstance(value, float):
-        return float(value)
-    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _is_list(kind: Any) -> bool:
-    return list in (kind, get_origin(kind)) or any(map(_is_list, get_args(kind)))
-
-
-def _in_words(kind: Any) -> str:
-    """A type in words: `one of a, b`, `PositiveInt or null`."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, parts))
-    if origin is list:
-        return f"list[{_in_words(*parts)}]"
-    if parts:  # of a union
-        return " or ".join(map(_in_words, parts))
-    return "null" if kind is type(None) else kind.__name__
+        return dataclasses.replace(value, **{name: _plain(field) for name, field in vars(value).items()})
+    return json.loads(json.dumps(value)) if isinstance(value, int | float) else value
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -25,15 +25,12 @@ def read_text(path: Path, expected: str = "a text file") -> str:
 
 
 def check_output(path: Path, overwrite: bool, key: str = "output") -> None:
-    """Make the folder of `path`. Raises UserError where `path` cannot be written, or exists without `overwrite`."""
-    try:
-        if path.is_dir():
-            raise UserError(f"{key}: {path} is a folder; expected the name of a file")
-        if path.exists() and not overwrite:
-            raise UserError(f"{key}: {path} exists; give another name, or --overwrite to replace it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key}: {path} cannot be written: {error.strerror}") from None
+    """Make the folder of `path`. Raises UserError or OSError where `path` cannot be written, or may not be replaced."""
+    if path.is_dir():
+        raise UserError(f"{key}: {path} is a folder; expected the name of a file")
+    if path.exists() and not overwrite:
+        raise UserError(f"{key}: {path} exists; give another name, or --overwrite to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{key}: {path} cannot be written: no permission")
 
@@ -68,14 +65,12 @@ def lock(path: Path) -> Callable[[], None]:
 
 
 def folder_problems(folder: Path | None, replace: bool, hint: str, marker: str | None = None) -> list[str]:
-    """What is wrong with an output folder: it is a file, or it exists and may not be replaced.
+    """What is wrong with an output folder: it exists and may not be replaced; `hint` says what to do then.
 
-    `hint` says what to do then. With a `marker`, a folder that is not empty must hold a file of this name.
+    With a `marker`, a folder that is not empty must hold a file of this name. Raises OSError where it is a file.
     """
     if folder is None:
         return ["output: required, not given"]
-    if folder.exists() and not folder.is_dir():
-        return [f"output: {folder} is a file; expected the name of a folder"]
     if not folder.exists() or not any(path.suffix != ".lock" for path in folder.iterdir()):
         return []
     if marker and not (folder / marker).exists():
@@ -178,6 +173,5 @@ class JsonLines:
 
     def keep(self, count: int) -> None:
         """Drop all but the first `count` values."""
-        rows = self.rows()[:count]
         with written_whole(self.path) as part:
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            part.write_text("".join(json.dumps(row) + "\n" for row in self.rows()[:count]), encoding="utf-8")

@@ -9,8 +9,8 @@ near these and not the same.
 import re
 from collections.abc import Callable, Iterable
 
+from common.config import NothingDone
 from data.instances import Instances
-from metrics import MetricUnavailable
 from metrics.object_words import NO_OBJECT, phrases
 from metrics.statistics import Score, mean_score
 
@@ -33,7 +33,7 @@ def object_finder(categories: Iterable[str]) -> Callable[[str], set[str]]:
 def chair(references: dict[str, list[str]], captions: dict[str, str], instances: Instances) -> dict[str, Score]:
     """CHAIRs and CHAIRi of `captions` {photo: caption} as `chair_s` and `chair_i`, from 0 to 1.
 
-    Raises MetricUnavailable where no caption names an object.
+    Raises NothingDone where no caption names an object.
     """
     find, parts = object_finder(instances.categories), {}
     for photo, caption in captions.items():
@@ -41,7 +41,7 @@ def chair(references: dict[str, list[str]], captions: dict[str, str], instances:
         parts[photo] = (len(named - there), len(named))
     by_object = {photo: absent / named for photo, (absent, named) in parts.items() if named}
     if not by_object:
-        raise MetricUnavailable("no caption names an object of the instances file")
+        raise NothingDone("no caption names an object of the instances file")
     absent, named = map(sum, zip(*parts.values()))
     by_caption = {photo: float(absent > 0) for photo, (absent, _) in parts.items()}
     return {"chair_s": mean_score(by_caption), "chair_i": Score(absent / named, by_object, parts)}

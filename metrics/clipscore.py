@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.config import UserError
+from common.config import NothingDone, UserError
 from common.device import module_hash
-from metrics import MetricUnavailable
 from models.hub import loading, refuse_code
 
 WEIGHT = 2.5
@@ -24,7 +23,6 @@ WEIGHT = 2.5
 class Clip(NamedTuple):
     """An open_clip model in float32 with its own photo transform and tokenizer."""
 
-    name: str
     model: torch.nn.Module
     transform: Any
     tokenizer: Any
@@ -33,23 +31,11 @@ class Clip(NamedTuple):
     """open_clip's description of the model: widths, layers, heads, activation."""
 
 
-class ClipVectors(NamedTuple):
-    """CLIP's unit vectors of one run, for the photos that could be decoded."""
-
-    stems: list[str]
-    photos: Tensor
-    """(N, D)"""
-    captions: Tensor
-    """(N, D)"""
-    references: Sequence[Tensor] = ()
-    """(K, D) for each photo with K references; empty where RefCLIPScore is not asked for."""
-
-
 def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", device: Any = "cpu") -> Clip:
     """Load a model of open_clip: a built-in name with a tag or a weights file, or `local-dir:FOLDER` / `hf-hub:REPO`.
 
     Half precision changes scores by up to 1e-3, so the weights are always float32. Raises UserError where the name,
-    tag, file or folder is wrong, and MetricUnavailable where a hub has the weights but cannot be reached.
+    tag, file or folder is wrong, and NothingDone where a hub has the weights but cannot be reached.
     """
     import open_clip
 
@@ -60,28 +46,23 @@ def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", devi
         raise UserError(f"clip_model: {pretrained!r} was trained with another activation than {name}; expected {right}")
     label = name if name.startswith(("local-dir:", "hf-hub:")) else f"{name}/{pretrained}"
     local = not tag and not name.startswith("hf-hub:")
-    what = f"clip_model: {label} could not be loaded" if local else f"no weights for {label}"
-    with loading(what, local, MetricUnavailable):
+    with loading(f"clip_model: {label} could not be loaded", local, NothingDone):
         architecture = open_clip.get_model_config(name)
         refuse_code(f"clip_model: {name}", architecture)
         model, transform = open_clip.create_model_from_pretrained(name, pretrained, "fp32", device)
         tokenizer = open_clip.get_tokenizer(name)
-    return Clip(label, model.eval(), transform, tokenizer, torch.device(device), architecture)
-
-
-def tokenize(clip: Clip, captions: Sequence[str]) -> tuple[Tensor, list[bool]]:
-    """Token ids (N, context length), and which captions were too long. Those are cut; their end token is kept."""
-    tokens = clip.tokenizer(list(captions))
-    # with room for one more token, only the ids of a caption that was cut are different
-    longer = clip.tokenizer(list(captions), context_length=tokens.shape[1] + 1)
-    return tokens, (tokens != longer[:, :-1]).any(dim=1).tolist()
+    return Clip(model.eval(), transform, tokenizer, torch.device(device), architecture)
 
 
 @torch.inference_mode()
-def encode_captions(clip: Clip, tokens: Tensor, batch_size: int = 32) -> Tensor:
-    """Unit vectors (N, D) of token ids (N, context length)."""
-    batches = tokens.split(batch_size)
-    return torch.cat([clip.model.encode_text(batch.to(clip.device), normalize=True) for batch in batches])
+def encode_captions(clip: Clip, captions: Sequence[str], batch_size: int = 32) -> tuple[Tensor, list[bool]]:
+    """Unit vectors (N, D), and which captions were too long. Those are cut; their end token is kept."""
+    tokens = clip.tokenizer(list(captions))
+    # with room for one more token, only the ids of a caption that was cut are different
+    longer = clip.tokenizer(list(captions), context_length=tokens.shape[1] + 1)
+    batches = tokens.to(clip.device).split(batch_size)
+    vectors = torch.cat([clip.model.encode_text(batch, normalize=True) for batch in batches])
+    return vectors, (tokens != longer[:, :-1]).any(dim=1).tolist()
 
 
 class ImageTower:
@@ -91,7 +72,7 @@ class ImageTower:
 
     def __init__(self, clip: Clip):
         self.clip, self.transform, self.device = clip, clip.transform, clip.device
-        self.width = encode_captions(clip, tokenize(clip, [""])[0]).shape[1]  # open_clip has no one name for it
+        self.width = encode_captions(clip, [""])[0].shape[1]  # open_clip has no one name for it
 
     def fingerprint(self) -> str:
         """Hash of all that decides a vector: architecture, preprocessing and every weight of the image tower."""

@@ -14,7 +14,7 @@ from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.meteor import meteor as official
 from pycocoevalcap.rouge.rouge import Rouge
 
-from metrics import MetricUnavailable
+from common.config import NothingDone
 from metrics.cider import ptb_tokenize, tokenize_pairs
 from metrics.statistics import Score, mean_score
 
@@ -58,7 +58,7 @@ def meteor(references: References, predictions: Predictions) -> Score:
     """METEOR 1.5 (Denkowski and Lavie 2014) by its own Java program, which takes seconds to load and at most 2 GB.
 
     The program gives the corpus score but not the sums that it comes from, so the score has no interval. Raises
-    MetricUnavailable where the program does not run.
+    NothingDone where the program does not run.
     """
     gold, hypotheses = tokenize_pairs(references, predictions)
     java = [JAVA, "-Duser.language=en", "-Duser.country=US", "-XX:+UseSerialGC", "-Xmx2G"]  # decimal points
@@ -78,7 +78,7 @@ def meteor(references: References, predictions: Predictions) -> Score:
         except (OSError, ValueError) as error:  # the program has ended, or has printed text in place of a number
             program.kill()
             said = [line for line in program.communicate()[1].splitlines() if line.strip()] or [str(error)]
-            raise MetricUnavailable(said[0]) from None
+            raise NothingDone(said[0]) from None
     return Score(corpus, dict(zip(predictions, by_photo)), of_sums=None)
 
 

@@ -71,8 +71,7 @@ def _sums(draws: np.ndarray, parts: np.ndarray) -> np.ndarray:
 def interval(score: Score, stems: list[str], seed: int = 0) -> tuple[float, float]:
     """95% percentile bootstrap interval of the corpus score over photos."""
     values = score.of_sums(_sums(_counts(len(stems), seed), score.matrix(stems)))
-    low, high = np.nanpercentile(values, (2.5, 97.5))
-    return float(low), float(high)
+    return tuple(np.nanpercentile(values, (2.5, 97.5)).tolist())
 
 
 def paired(first: Score, second: Score, stems: list[str], seed: int = 0) -> dict[str, float]:
@@ -84,10 +83,9 @@ def paired(first: Score, second: Score, stems: list[str], seed: int = 0) -> dict
     """
     one, two, value = first.matrix(stems), second.matrix(stems), first.of_sums
     counts = _counts(len(stems), seed)
-    low, high = np.nanpercentile(value(_sums(counts, two)) - value(_sums(counts, one)), (2.5, 97.5))
+    low, high = np.nanpercentile(value(_sums(counts, two)) - value(_sums(counts, one)), (2.5, 97.5)).tolist()
     observed = float(value(two.sum(axis=0)) - value(one.sum(axis=0)))
     middle, change = (one + two).sum(axis=0) / 2, _sums(_signs(len(stems), seed), (two - one) / 2)
     swapped = np.abs(value(middle + change) - value(middle - change))
     as_far = np.sum(swapped >= abs(observed) - 1e-12)  # the tolerance: sums in another order round differently
-    p = float((1 + as_far) / (1 + RESAMPLES))
-    return {"difference": observed, "low": float(low), "high": float(high), "p": p}
+    return {"difference": observed, "low": low, "high": high, "p": float((1 + as_far) / (1 + RESAMPLES))}

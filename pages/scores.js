@@ -76,7 +76,7 @@ find.addEventListener("input", () => {
 });
 
 document.querySelector("main").append(
-  make("p", {class: "about"}, `${data.photos.length} photos. CIDEr-D with idf ${data.idf}. Press a heading to sort.`),
+  make("p", {class: "about"}, `${data.photos.length} photos. Press a heading to sort.`),
   make("div", {class: "tools"}, find, ...(several ? [make("label", {}, "sorted by ", by)] : [])), table,
   make("dl", {}, ...data.columns.flatMap((label, metric) =>
     [make("dt", {}, label), make("dd", {}, data.meanings[metric])])));

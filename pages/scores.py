@@ -44,7 +44,6 @@ def write_scores_page(file: Path, inputs: Inputs, results: list[dict[str, Any]])
         "columns": [LABELS[metric] for metric in metrics],
         "meanings": [MEANINGS[metric] for metric in metrics],
         "corpus": [[result["corpus"][metric] for metric in metrics] for result in results],
-        "idf": results[0]["idf"],
         "photos": rows,
     }
     write_page(file, "scores", "Scores of " + ", ".join(names), data)

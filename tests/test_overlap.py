@@ -7,7 +7,8 @@ import pycocoevalcap
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from metrics import MetricUnavailable, overlap
+from common.config import NothingDone
+from metrics import overlap
 from metrics.cider import cider, ptb_tokenize
 
 # The example of CLIPScore's authors (github.com/jmhessel/clipscore, MIT licence) and the scores that they print.
@@ -46,7 +47,7 @@ def test_where_meteor_cannot_run_one_line_says_why(monkeypatch):
     from pycocoevalcap.meteor import meteor
 
     monkeypatch.setattr(meteor, "METEOR_JAR", "nowhere.jar")
-    with pytest.raises(MetricUnavailable, match="nowhere.jar"):
+    with pytest.raises(NothingDone, match="nowhere.jar"):
         overlap.meteor(REFERENCES, CAPTIONS)
 
 

@@ -134,7 +134,7 @@ INFERENCE_MISTAKES = [
     ("--checkpoint RUN --images EMPTY", "empty: no photos there"),
     ("--checkpoint RUN --images PHOTOS --output OUT", "output: .*out is a folder; expected the name of a file"),
     ("--checkpoint RUN --images PHOTOS --decoding.num_beams 2 --decoding.do_sample", "decoding.num_beams: expected 1"),
-    ("--images PHOTOS", "checkpoint: required, not given"),
+    ("--images PHOTOS", "the following arguments are required: checkpoint"),
 ]
 
 

@@ -113,7 +113,6 @@ def test_sampled_captions_heed_neither_batch_nor_break(llava_folder, photos, tmp
 
 @pytest.mark.parametrize("settings, message", [
     ({"model": "./nowhere"}, "model: nowhere: expected a hub id or a model folder"),
-    ({"decoding": ["best", "best"]}, "decoding: expected different names"),
     ({"model": "llava-hf/llava-1.5-7b-hf"}, "model: could not load llava-hf/llava-1.5-7b-hf: the hub does not answer"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(photos, tmp_path, settings, message):
