@@ -131,7 +131,10 @@ def _read_flags(args: list[str], fields: dict[str, str], aliases: dict[str, str]
 
 def _read_yaml(key: str, file: str, prefix: str) -> dict[str, Any]:
     try:
-        return flatten(yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")), prefix)
+        text = Path(file).read_text(encoding="utf-8-sig")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("aliases (*NAME) are not read, since a few of them can stand for gigabytes")
+        return flatten(yaml.safe_load(text), prefix)
     except (OSError, ValueError, RecursionError, UserError, yaml.YAMLError) as error:
         raise UserError(f"{key}: {file}: {error}") from None
 

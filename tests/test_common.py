@@ -157,6 +157,8 @@ def test_mistakes(args, message):
     ("part: {rank: 8, rnk: 3}", "part.rnk: unknown setting; did you mean part.rank?"),
     ("- a", "config: FILE: expected a mapping of keys to values, got ['a']"),
     ("", "config: FILE: expected a mapping of keys to values, got None"),
+    ("names: &a [x]\nfolder: *a", "config: FILE: aliases (*NAME) are not read, since a few of them can stand for "
+     "gigabytes"),
 ])  # fmt: skip
 def test_mistakes_in_a_file(tmp_path, text, message):
     file = tmp_path / "settings.yaml"
