@@ -4,13 +4,14 @@ LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744) is the one of the published report
 is prefilled once; all decodings and all captions that are looked into go on from that cache of keys and values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common.config import UserError
 from data.photos import LoadedPhoto
@@ -61,6 +62,17 @@ class VisionLanguageModel(nn.Module):
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1]  # padding on the left takes no position
         return prefill(self.model.model, **short, position_ids=positions)
 
+    def _whole(self, photos: Sequence[LoadedPhoto], captions: Tensor, mask: Tensor) -> dict:
+        """What the model reads in one pass over photo, prompt and caption (B, T), without a cache."""
+        inputs = self.inputs(photos)
+        prompt = inputs["attention_mask"].shape
+        for name, value in inputs.items():  # ids, mask and token types, but no pixels
+            if value.shape == prompt:
+                inputs[name] = F.pad(value, (0, captions.shape[1]))
+        inputs["input_ids"][:, prompt[1] :] = captions
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return inputs | {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+
     @torch.inference_mode()
     def generate(
         self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
@@ -74,9 +86,9 @@ class VisionLanguageModel(nn.Module):
         drawn = generate_all(self.model, language_model, [cache], ids, mask, *wanted, self.eos, pad)
         return choose_candidates(drawn, decodings, self.text)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def attend(
-        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]]
+        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]], extra: Collection[str] = ()
     ) -> list[list[AttentionRecord]]:
         """What each token of each of a photo's captions attended to, the closing EOS last."""
         inputs = self.inputs(photos)
@@ -96,13 +108,14 @@ class VisionLanguageModel(nn.Module):
         positions = (mask.cumsum(dim=1) - 1)[:, -ids.shape[1] :]
         rows = torch.arange(ids.shape[1], device=owner.device).expand(len(flat), -1)
         model = self.model.model
+        call = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True, CACHE: cache}
+        if extra:
+            call, rows = self._whole([photos[b] for b in owner], ids[:, 1:], mask), rows + mask.shape[1] - ids.shape[1]
         with record_attention(model.language_model, rows, columns[owner]) as recorder:
-            states = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: cache}
-            ).last_hidden_state
+            states = model(**call).last_hidden_state[:, -ids.shape[1] :]
         closed = [[[*caption, self.tokenizer.eos_token_id]] for caption in flat]
         head = self.model.get_output_embeddings()
-        records = iter(read_records(recorder, states, patches[owner], head, closed))
+        records = iter(read_records(recorder, states, patches[owner], head, closed, extra))
         return [[next(records)[0] for _ in own] for own in captions]
 
     @cached_property

@@ -105,8 +105,8 @@ def write_heatmap_page(entries: list[dict[str, Any]], method: str, title: str, f
     from matplotlib import colormaps
 
     colours = (255 * colormaps[COLOURS](np.linspace(0, 1, 256))[:, :3]).round().astype(int).tolist()
-    about = {name: METHODS[name].about for name in entries[0]["maps"]}
-    write_page(file, "heatmaps", title, {"method": method, "about": about, "colours": colours, "photos": entries})
+    methods = {name: (METHODS[name].kind, METHODS[name].about) for name in entries[0]["maps"]}
+    write_page(file, "heatmaps", title, {"method": method, "methods": methods, "colours": colours, "photos": entries})
 
 
 def page_entry(photo: Drawn) -> dict[str, Any]:
@@ -124,7 +124,11 @@ def page_entry(photo: Drawn) -> dict[str, Any]:
         "box": [round(value, 4) for value in box],
         "grid": [photo.grid.rows, photo.grid.columns],
         "words": [
-            {"text": unit.text or "(end)", "probability": round(unit.probability, 4), "mass": round(unit.image_mass, 4)}
+            {
+                "text": unit.text or "(end)",
+                "probability": round(unit.probability, 4),
+                "shares": (100 * unit.shares).round().astype(int).tolist(),
+            }
             for unit in photo.units
         ],
         "maps": {method: _bytes(shown(maps)) for method, maps in photo.maps.items()},
