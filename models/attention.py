@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from common.config import UserError
 from models.decoder import attend_with
@@ -61,6 +61,8 @@ class Recorder:
     """(B, T) queries whose attention is wanted."""
     columns: Tensor
     """(B, P) keys of the image patches."""
+    extra: Collection[str] = ()
+    """Names of EXTRAS that are wanted beside it."""
     mean: list[Tensor] = field(default_factory=list)
     """(B, T, P) for each layer."""
     peak: list[Tensor] = field(default_factory=list)
@@ -70,29 +72,24 @@ class Recorder:
     call: dict = field(default_factory=dict)
     """What the language model was called with."""
 
-    def record(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
-        """(B, H, Q, D) queries, (B, G, K, D) keys of G groups of heads, mask (B, 1, Q, K) or None for plain causal."""
+    def record(self, query: Tensor, key: Tensor, mask: Tensor, scaling: float | None) -> None:
+        """(B, H, Q, D) queries, (B, G, K, D) keys of G groups of heads, mask (B, 1, Q, K) to add to the scores."""
         batch, heads, length, width = query.shape
         rows = self.rows[:, None, :, None]  # (B, 1, T, 1)
         query = query.gather(2, rows.expand(-1, heads, -1, width))
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
         scores = query.float() @ key.float().transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
-        place = torch.arange(key.shape[2], device=rows.device)
-        start = rows + key.shape[2] - length  # the first keys are cached ones
-        if mask is not None:
-            mask = mask[..., : key.shape[2]].expand(batch, -1, -1, -1)
-            wanted = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
-            scores = scores.masked_fill(~wanted, float("-inf")) if wanted.dtype == torch.bool else scores + wanted
-        elif length > 1:
-            scores = scores.masked_fill(place > start, float("-inf"))
+        mask = mask[..., : key.shape[2]].expand(batch, -1, -1, -1)
+        scores += mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
         seen = scores.softmax(dim=-1)
         photo = seen.gather(3, self.columns[:, None, None, :].expand(-1, heads, rows.shape[2], -1))
         self.mean.append(photo.mean(dim=1))
         self.peak = [*self.peak[-1:], photo.amax(dim=1)]
-        seen = seen.mean(dim=1)
+        seen, place = seen.mean(dim=1), torch.arange(key.shape[2], device=rows.device)
         first = (seen[:, 0] > 0).int().argmax(dim=1)[:, None, None]  # padding on the left is not seen
         patch = (place == self.columns[..., None]).any(dim=1, keepdim=True)  # (B, 1, K)
-        kinds = torch.cat([patch, place >= start[:, 0, :1], (place == first) & ~patch], dim=1)  # (B, 3, K)
+        caption = place >= rows[:, 0, :1] + key.shape[2] - length  # the first keys are cached ones
+        kinds = torch.cat([patch, caption, (place == first) & ~patch], dim=1)  # (B, 3, K)
         self.shares.append(seen @ kinds.to(seen.dtype).transpose(1, 2))
 
 
@@ -107,16 +104,18 @@ def _recorded_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
 
 
 AttentionInterface.register(RECORDED, _recorded_sdpa)
-AttentionMaskInterface.register(RECORDED, sdpa_mask)  # without a mask function tokens would see the future
+AttentionMaskInterface.register(RECORDED, eager_mask)  # to add to the scores; without one tokens would see the future
 
 
 @contextmanager
-def record_attention(language_model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[Recorder]:
+def record_attention(
+    language_model: nn.Module, rows: Tensor, columns: Tensor, extra: Collection[str] = ()
+) -> Iterator[Recorder]:
     """Record the layers of a transformers language model while it runs one pass; then it attends by sdpa again.
 
     Raises UserError where no layer passed by: such a model does not use transformers' attention interface.
     """
-    recorder = Recorder(language_model, rows, columns)
+    recorder = Recorder(language_model, rows, columns, extra)
     token = _recorder.set(recorder)
     keep = language_model.register_forward_pre_hook(lambda _, __, call: recorder.call.update(call), with_kwargs=True)
     try:
@@ -129,8 +128,8 @@ def record_attention(language_model: nn.Module, rows: Tensor, columns: Tensor) -
         raise UserError(f"{type(language_model).__name__} computes attention by itself: it cannot be recorded")
 
 
-def explain(recorder: Recorder, ids: Tensor, head: nn.Module, extra: Collection[str]) -> dict[str, Tensor]:
-    """Those of EXTRAS that are asked for, for the tokens `ids` (B, T): heads (B, L, H, T, P), the others (B, T, P).
+def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tensor]:
+    """Those of EXTRAS that are wanted, for the tokens `ids` (B, T): heads (B, L, H, T, P), the others (B, T, P).
 
     The recorded pass, one without a cache, runs again in eager attention, which gives out all attention and lets
     gradients through it. For gradcam and relevancy it then goes back once for each token.
@@ -140,7 +139,7 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module, extra: Collection[
     - gradcam (Selvaraju et al. 2017): the features of the image tokens that go into the last layer (behind it no word
       depends on them), each weighted by the mean of the logit's gradient over the patches.
     """
-    backward = [name for name in ("gradcam", "relevancy") if name in extra]
+    backward = [name for name in ("gradcam", "relevancy") if name in recorder.extra]
     embeddings = recorder.call["inputs_embeds"].detach().requires_grad_(bool(backward))
     call = recorder.call | {"inputs_embeds": embeddings, "output_attentions": True, "output_hidden_states": True}
     batch, rows, columns = torch.arange(len(ids), device=ids.device)[:, None], recorder.rows, recorder.columns
@@ -162,12 +161,12 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module, extra: Collection[
         for name in backward:
             found[name].append(maps[name])
     found = {name: torch.stack(maps, dim=1) for name, maps in found.items()}
-    if "rollout" in extra:
+    if "rollout" in recorder.extra:
         flow = torch.eye(embeddings.shape[1], device=ids.device)
         for layer in layers:
             flow = (layer.detach().float().mean(dim=1) @ flow + flow) / 2
         found["rollout"] = flow[at]
-    if "heads" in extra:
+    if "heads" in recorder.extra:
         seen = [layer.detach().movedim(1, 3)[at].movedim(3, 1) for layer in layers]
         found["heads"] = torch.stack(seen, dim=1).float()
     return found
@@ -183,12 +182,7 @@ def unembedding_rows(head: nn.Module, ids: Tensor) -> Tensor:
 
 
 def read_records(
-    recorder: Recorder,
-    states: Tensor,
-    patches: Tensor,
-    head: nn.Module,
-    captions: Sequence[Sequence[list[int]]],
-    extra: Collection[str] = (),
+    recorder: Recorder, states: Tensor, patches: Tensor, head: nn.Module, captions: Sequence[Sequence[list[int]]]
 ) -> list[list[AttentionRecord]]:
     """The records of each row's captions, which lie one behind the other in the row, each with its closing EOS.
 
@@ -201,14 +195,15 @@ def read_records(
     lens, text = (words @ those.float().transpose(1, 2) for those in (patches, states))  # (B, T, P), (B, T, T)
     kept = [torch.stack(layers, dim=1) for layers in (recorder.mean, recorder.peak, recorder.shares)]  # (B, L, T, P)
     chances, text, lens, *kept = (tensor.cpu().numpy() for tensor in (chances, text, lens, *kept))
-    more = {name: maps.cpu().numpy() for name, maps in (explain(recorder, ids, head, extra) if extra else {}).items()}
+    explained = explain(recorder, ids, head) if recorder.extra else {}
+    explained = {name: maps.cpu().numpy() for name, maps in explained.items()}
     records = []
     for b, row in enumerate(captions):
         start, found = 0, []
         for caption in row:
             at = slice(start, start + len(caption))
             mean, peak, shares = (one[b, :, at] for one in kept)
-            own = {name: maps[b][..., at, :] for name, maps in more.items()}
+            own = {name: maps[b][..., at, :] for name, maps in explained.items()}
             record = AttentionRecord(caption, chances[b, at], mean, peak, shares, lens[b, at], text[b, at, at], own)
             found.append(record)
             start = at.stop

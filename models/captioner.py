@@ -137,11 +137,11 @@ class Captioner(nn.Module):
         columns = torch.arange(tokens - patches, tokens, device=prefix.device).expand(len(prefix), -1)  # no class token
         batch = pack_rows(captions, eos).to(prefix.device)
         rows = torch.arange(batch.labels.shape[1], device=prefix.device).expand(len(prefix), -1) + tokens
-        with record_attention(lm.base_model, rows, columns) as recorder:
+        with record_attention(lm.base_model, rows, columns, extra) as recorder:
             hidden = self.hidden(prefix, batch)
         closed = [[[*caption, eos] for caption in own] for own in captions]
-        head, patches = lm.get_output_embeddings(), hidden[:, tokens - patches : tokens]
-        return read_records(recorder, hidden[:, tokens:], patches, head, closed, extra)
+        head = lm.get_output_embeddings()
+        return read_records(recorder, hidden[:, tokens:], hidden[:, tokens - patches : tokens], head, closed)
 
     def patch_grid(self, width: int, height: int) -> PatchGrid:
         """Where the patches lie on a photo of `width` x `height` pixels."""

@@ -111,11 +111,11 @@ class VisionLanguageModel(nn.Module):
         call = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True, CACHE: cache}
         if extra:
             call, rows = self._whole([photos[b] for b in owner], ids[:, 1:], mask), rows + mask.shape[1] - ids.shape[1]
-        with record_attention(model.language_model, rows, columns[owner]) as recorder:
+        with record_attention(model.language_model, rows, columns[owner], extra) as recorder:
             states = model(**call).last_hidden_state[:, -ids.shape[1] :]
         closed = [[[*caption, self.tokenizer.eos_token_id]] for caption in flat]
         head = self.model.get_output_embeddings()
-        records = iter(read_records(recorder, states, patches[owner], head, closed, extra))
+        records = iter(read_records(recorder, states, patches[owner], head, closed))
         return [[next(records)[0] for _ in own] for own in captions]
 
     @cached_property

@@ -1,7 +1,11 @@
+const parts = ["photo", "caption so far", "first token"];  // what `shares` are of; the rest is the prompt
 const bytes = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
 const label = (text, control) => make("label", {}, text, control);
 
-const method = make("select", {id: "method"}, ...Object.keys(data.about).map(name => make("option", {value: name}, name)));
+const kinds = {};  // of the methods, in the order of the methods
+for (const [name, [kind]] of Object.entries(data.methods)) (kinds[kind] ??= []).push(make("option", {value: name}, name));
+const method = make("select", {id: "method"},
+  ...Object.entries(kinds).map(([kind, options]) => make("optgroup", {label: kind}, ...options)));
 method.value = data.method;
 const opacity = make("input", {id: "opacity", type: "range", min: 0, max: 100, value: 75});
 const scale = make("select", {id: "scale"},
@@ -24,10 +28,9 @@ function paint(card) {
     outline.hidden = !truth.checked || (word !== null && !photo.objects[i].words.includes(word));
   });
   card.buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === word));
-  if (word === null) {
-    card.figures.textContent = "";
-    return;
-  }
+  card.figures.textContent = "";
+  card.layers.replaceChildren();
+  if (word === null) return;
   const count = canvas.width * canvas.height;
   const values = bytes(photo.maps[method.value]).subarray(word * count, (word + 1) * count);
   const most = scale.value === "own" ? Math.max(1, ...values) : 255;
@@ -38,10 +41,35 @@ function paint(card) {
     picture.data.set([...data.colours[level], Math.round(2.55 * opacity.value * cover)], 4 * i);
   });
   context.putImageData(picture, 0, 0);
-  const {text, probability, mass} = photo.words[word];
+  const {text, probability, shares} = photo.words[word];
+  const mass = shares.reduce((sum, layer) => sum + layer[0], 0) / shares.length;
   const named = photo.objects.filter(object => object.words.includes(word)).map(object => `, names ${object.name}`);
   card.figures.textContent =
-    `${text}: probability ${probability.toFixed(2)}, ${Math.round(100 * mass)}% of attention on the photo${named.join("")}`;
+    `${text}: probability ${probability.toFixed(2)}, ${Math.round(mass)}% of attention on the photo${named.join("")}`;
+  card.layers.append(bars(shares));
+}
+
+// where a word's attention went: a bar for each layer, from the first on the left to the last on the right
+function bars(shares) {
+  const svg = (tag, attributes) => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    return element;
+  };
+  const last = shares.length - 1;
+  const told = parts.map((part, i) => `${part} ${shares[0][i]}% in the first layer, ${shares[last][i]}% in the last`);
+  const chart = svg("svg", {viewBox: `0 0 ${shares.length} 100`, preserveAspectRatio: "none", role: "img",
+    "aria-label": `attention by layer: ${told.join("; ")}`});
+  shares.forEach((layer, x) => {
+    let y = 100;
+    layer.forEach((share, i) => {
+      const height = Math.min(share, y);  // rounded shares may be more than 100 in all
+      y -= height;
+      chart.append(svg("rect", {class: `share${i}`, x: x + .06, y, width: .88, height}));
+    });
+  });
+  const axis = make("span", {class: "axis"}, make("span", {}, "layer 1"), make("span", {}, `${shares.length}`));
+  return make("div", {}, chart, axis);
 }
 
 function card(photo) {
@@ -54,7 +82,8 @@ function card(photo) {
     make("div", {class: "seen", style: `left:${left}%;top:${top}%;width:${width}%;height:${height}%`}, canvas),
     ...outlines);
   const figures = make("p", {class: "figures", "aria-live": "polite"});
-  const one = {photo, canvas, outlines, figures, word: null, held: null, buttons: []};
+  const layers = make("div", {class: "layers"});
+  const one = {photo, canvas, outlines, figures, layers, word: null, held: null, buttons: []};
   const show = word => { one.word = word; paint(one); };
   one.buttons = photo.words.map((word, i) => {
     const names = photo.objects.some(object => object.words.includes(i));
@@ -81,13 +110,13 @@ function card(photo) {
     one.buttons[next].focus();
   });
   one.element = make("article", {}, make("h2", {}, photo.stem, ...(photo.note ? [" ", make("strong", {}, photo.note)] : [])),
-    frame, words, figures);
+    frame, words, figures, layers);
   return one;
 }
 
 const cards = data.photos.map(card);
 function refresh() {
-  about.textContent = data.about[method.value];
+  about.textContent = data.methods[method.value][1];
   cards.forEach(paint);
 }
 for (const control of [method, scale, truth]) control.addEventListener("change", refresh);
@@ -99,5 +128,8 @@ document.querySelector("main").append(
     + "it wrote it. What is greyed the model never saw."),
   make("div", {class: "tools"}, label("method", method), label("scale", scale), label("opacity", opacity),
     ...(objects ? [label("objects", truth)] : []), make("span", {class: "scale"}, "little", bar, "much"), about),
+  make("p", {class: "legend"}, "Attention by layer, under each photo, for the word that is chosen: ",
+    ...parts.map((part, i) => make("span", {class: "key"}, make("i", {class: `share${i}`}), part)),
+    make("span", {class: "key"}, make("i", {class: "rest"}), "prompt")),
   make("div", {id: "photos"}, ...cards.map(one => one.element)));
 refresh();
