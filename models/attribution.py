@@ -222,6 +222,6 @@ METHODS = {
     ),
     "lens": Method("logit", "the word's logit at each patch, less the mean of all words", _lens),
     "tam": Method("logit", "the word's logit at each patch, less what the words before explain", _tam),
-    "fuse": Method("attention and logit", "`rel` and `lens` together", _fuse),
+    "fuse": Method("attention and logit", "rel and lens together", _fuse),
 }
 CHEAP = tuple(name for name in METHODS if name not in EXTRAS)

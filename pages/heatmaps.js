@@ -1,4 +1,4 @@
-const parts = ["photo", "caption so far", "first token"];  // what `shares` are of; the rest is the prompt
+const parts = ["photo", "caption so far", "first token"];  // what `shares` are of; other is the prompt, or a class token
 const bytes = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
 const label = (text, control) => make("label", {}, text, control);
 
@@ -28,9 +28,13 @@ function paint(card) {
     outline.hidden = !truth.checked || (word !== null && !photo.objects[i].words.includes(word));
   });
   card.buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === word));
-  card.figures.textContent = "";
-  card.layers.replaceChildren();
-  if (word === null) return;
+  const every = photo.words.map(word => word.shares);
+  const mean = every[0].map((parts, l) => parts.map((_, i) => every.reduce((sum, one) => sum + one[l][i], 0) / every.length));
+  card.layers.replaceChildren(...(word === null ? bars(mean, "all words") : bars(every[word], photo.words[word].text)));
+  if (word === null) {
+    card.figures.textContent = "";
+    return;
+  }
   const count = canvas.width * canvas.height;
   const values = bytes(photo.maps[method.value]).subarray(word * count, (word + 1) * count);
   const most = scale.value === "own" ? Math.max(1, ...values) : 255;
@@ -46,20 +50,20 @@ function paint(card) {
   const named = photo.objects.filter(object => object.words.includes(word)).map(object => `, names ${object.name}`);
   card.figures.textContent =
     `${text}: probability ${probability.toFixed(2)}, ${Math.round(mass)}% of attention on the photo${named.join("")}`;
-  card.layers.append(bars(shares));
 }
 
-// where a word's attention went: a bar for each layer, from the first on the left to the last on the right
-function bars(shares) {
+// where attention went: a bar for each layer, from the first on the left to the last on the right
+function bars(shares, name) {
   const svg = (tag, attributes) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
     return element;
   };
   const last = shares.length - 1;
-  const told = parts.map((part, i) => `${part} ${shares[0][i]}% in the first layer, ${shares[last][i]}% in the last`);
+  const told = parts.map((part, i) =>
+    `${part} ${Math.round(shares[0][i])}% in the first layer, ${Math.round(shares[last][i])}% in the last`);
   const chart = svg("svg", {viewBox: `0 0 ${shares.length} 100`, preserveAspectRatio: "none", role: "img",
-    "aria-label": `attention by layer: ${told.join("; ")}`});
+    "aria-label": `attention of ${name} by layer: ${told.join("; ")}`});
   shares.forEach((layer, x) => {
     let y = 100;
     layer.forEach((share, i) => {
@@ -68,8 +72,8 @@ function bars(shares) {
       chart.append(svg("rect", {class: `share${i}`, x: x + .06, y, width: .88, height}));
     });
   });
-  const axis = make("span", {class: "axis"}, make("span", {}, "layer 1"), make("span", {}, `${shares.length}`));
-  return make("div", {}, chart, axis);
+  const ends = ["layer 1", name, `layer ${shares.length}`].map(text => make("span", {}, text));
+  return [chart, make("div", {class: "axis"}, ...ends)];
 }
 
 function card(photo) {
@@ -128,8 +132,8 @@ document.querySelector("main").append(
     + "it wrote it. What is greyed the model never saw."),
   make("div", {class: "tools"}, label("method", method), label("scale", scale), label("opacity", opacity),
     ...(objects ? [label("objects", truth)] : []), make("span", {class: "scale"}, "little", bar, "much"), about),
-  make("p", {class: "legend"}, "Attention by layer, under each photo, for the word that is chosen: ",
+  make("p", {class: "legend"}, "Where attention went, layer by layer, is below each caption: ",
     ...parts.map((part, i) => make("span", {class: "key"}, make("i", {class: `share${i}`}), part)),
-    make("span", {class: "key"}, make("i", {class: "rest"}), "prompt")),
+    make("span", {class: "key"}, make("i", {class: "rest"}), "other")),
   make("div", {id: "photos"}, ...cards.map(one => one.element)));
 refresh();
