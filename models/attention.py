@@ -48,8 +48,14 @@ class AttentionRecord:
     """(T, P) each token's logit, read off the final state at each patch (the logit lens)."""
     text: np.ndarray
     """(T, T) the same, read off the final state that predicts each token of the caption."""
-    extra: dict[str, np.ndarray] = field(default_factory=dict)
-    """What was asked for: `heads` (L, H, T, P) attention; `rollout`, `gradcam`, `relevancy` (T, P)."""
+    heads: np.ndarray | None = None
+    """(L, H, T, P) attention. This and what follows is made only when asked for, see `explain`."""
+    rollout: np.ndarray | None = None
+    """(T, P)"""
+    gradcam: np.ndarray | None = None
+    """(T, P)"""
+    relevancy: np.ndarray | None = None
+    """(T, P)"""
 
 
 @dataclass
@@ -147,20 +153,19 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tenso
         out = recorder.language_model(**call)
         states = out.last_hidden_state[batch, rows].float()
         logits = (states * unembedding_rows(head, ids).float()).sum(dim=(0, 2)).unbind()  # T, each of all rows
-    layers, features, found = out.attentions, out.hidden_states[-2], {name: [] for name in backward}
-    at = batch[..., None], rows[..., None], columns[:, None]  # (B, T, P)
+    layers, features, gradcam, relevancy = out.attentions, out.hidden_states[-2], [], []
     for t, logit in enumerate(logits if backward else ()):
         inputs = (features, *layers) if "relevancy" in backward else (features,)  # for gradcam it goes back one layer
         gradient, *gradients = torch.autograd.grad(logit, inputs, retain_graph=True)
         weights = gradient[batch, columns].float().mean(dim=1, keepdim=True)
+        gradcam.append((features.detach()[batch, columns].float() * weights).sum(dim=2))
         flow = F.one_hot(rows[:, t], embeddings.shape[1])[:, None].float()  # (B, 1, Q)
         for layer, of_layer in zip(layers[::-1], gradients[::-1]):
             flow = flow + flow @ (layer.detach() * of_layer).clamp(min=0).float().mean(dim=1)
-        maps = {"gradcam": (features.detach()[batch, columns].float() * weights).sum(dim=2)}
-        maps["relevancy"] = flow[:, 0].gather(1, columns)
-        for name in backward:
-            found[name].append(maps[name])
-    found = {name: torch.stack(maps, dim=1) for name, maps in found.items()}
+        relevancy.append(flow[:, 0].gather(1, columns))
+    found = {"gradcam": gradcam, "relevancy": relevancy}
+    found = {name: torch.stack(found[name], dim=1) for name in backward}
+    at = batch[..., None], rows[..., None], columns[:, None]  # (B, T, P)
     if "rollout" in recorder.extra:
         flow = torch.eye(embeddings.shape[1], device=ids.device)
         for layer in layers:
@@ -193,19 +198,16 @@ def read_records(
     chances = head(states).float().softmax(dim=-1).gather(2, ids[..., None])[..., 0]
     words = unembedding_rows(head, ids).float()
     lens, text = (words @ those.float().transpose(1, 2) for those in (patches, states))  # (B, T, P), (B, T, T)
-    kept = [torch.stack(layers, dim=1) for layers in (recorder.mean, recorder.peak, recorder.shares)]  # (B, L, T, P)
-    chances, text, lens, *kept = (tensor.cpu().numpy() for tensor in (chances, text, lens, *kept))
-    explained = explain(recorder, ids, head) if recorder.extra else {}
-    explained = {name: maps.cpu().numpy() for name, maps in explained.items()}
+    kept = {name: torch.stack(getattr(recorder, name), dim=1) for name in ("mean", "peak", "shares")} | {"lens": lens}
+    kept |= explain(recorder, ids, head) if recorder.extra else {}
+    chances, text, *parts = (tensor.cpu().numpy() for tensor in (chances, text, *kept.values()))  # parts (B, ..., T, ?)
     records = []
     for b, row in enumerate(captions):
         start, found = 0, []
         for caption in row:
             at = slice(start, start + len(caption))
-            mean, peak, shares = (one[b, :, at] for one in kept)
-            own = {name: maps[b][..., at, :] for name, maps in explained.items()}
-            record = AttentionRecord(caption, chances[b, at], mean, peak, shares, lens[b, at], text[b, at, at], own)
-            found.append(record)
+            own = {name: part[b][..., at, :] for name, part in zip(kept, parts)}
+            found.append(AttentionRecord(caption, chances[b, at], text=text[b, at, at], **own))
             start = at.stop
         records.append(found)
     return records

@@ -78,12 +78,12 @@ function bars(shares, name) {
 
 function card(photo) {
   const [rows, columns] = photo.grid;
-  const [left, top, width, height] = photo.box;
+  const [left, top, right, bottom] = photo.box.map((edge, i) => 100 * edge / photo.size[i % 2]);  // in percent
   const canvas = make("canvas", {width: columns, height: rows, "aria-hidden": "true"});
   const outlines = photo.objects.map(object => make("img", {class: "outline", src: object.outline, alt: "", hidden: ""}));
   const frame = make("div", {class: "frame"},
     make("img", {src: photo.photo, alt: photo.caption, width: photo.size[0], height: photo.size[1], decoding: "async"}),
-    make("div", {class: "seen", style: `left:${left}%;top:${top}%;width:${width}%;height:${height}%`}, canvas),
+    make("div", {class: "seen", style: `left:${left}%;top:${top}%;width:${right - left}%;height:${bottom - top}%`}, canvas),
     ...outlines);
   const figures = make("p", {class: "figures", "aria-live": "polite"});
   const layers = make("div", {class: "layers"});

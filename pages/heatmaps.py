@@ -110,18 +110,15 @@ def write_heatmap_page(entries: list[dict[str, Any]], method: str, title: str, f
 
 
 def page_entry(photo: Drawn) -> dict[str, Any]:
-    """What the page holds of a photo, all of it small; `box` is in percent of the photo's size."""
-    width, height = photo.image.size
-    left, top, right, bottom = photo.grid.box
-    box = 100 * left / width, 100 * top / height, 100 * (right - left) / width, 100 * (bottom - top) / height
+    """What the page holds of a photo, all of it small; `size` and `box` are in the photo's own pixels."""
     small = _small(photo.image)
     return {
         "stem": photo.stem,
         "note": photo.note,
         "caption": photo.caption,
         "photo": data_uri(small, quality=80),
-        "size": small.size,
-        "box": [round(value, 4) for value in box],
+        "size": photo.image.size,
+        "box": photo.grid.box,
         "grid": [photo.grid.rows, photo.grid.columns],
         "words": [
             {

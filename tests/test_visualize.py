@@ -66,7 +66,10 @@ def test_a_folder_of_photos_gets_a_picture_each_and_a_page(scene, capsys):
     assert [photo["stem"] for photo in data["photos"]] == sorted(CAPTIONS)
     photo = data["photos"][0]
     assert set(photo["maps"]) == set(CHEAP) and photo["grid"] == [4, 4]
-    assert photo["box"] == [25, 0, 50, 100]  # the encoder cropped the middle; the rest it never saw
+    assert photo["box"] == [30, 0, 90, 60] and photo["size"] == [
+        120,
+        60,
+    ]  # the encoder cropped the middle; the rest it never saw
     pixels = np.asarray(Image.open(folder / f"{photo['stem']}.png").convert("RGB"))
     assert pixels.std() > 20 and pixels.shape[1] > 300
 
