@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.config import UserError
-from metrics.grounding import GroundingTable, Named, auroc, cover_on_grid, find_named, ground
+from metrics.grounding import METRICS, GroundingTable, Named, auroc, cover_on_grid, find_named, ground
 from metrics.statistics import interval
 from models.attention import EXTRAS, AttentionRecord, record_attention
 from models.attribution import (
@@ -73,6 +73,11 @@ def test_records_of_our_captioner_are_what_eager_attention_sees(seen):
         assert attention.shape[2:] == (len(ids) + 1, patches) and record.ids == [*ids, eos]
         np.testing.assert_allclose(record.mean, attention.mean(dim=1), atol=1e-5)
         np.testing.assert_allclose(record.peak, attention[-2:].amax(dim=1), atol=1e-5)
+        every = torch.stack(out.attentions)[:, 0, :, image.shape[1] :].mean(dim=1)  # (L, T, K)
+        shares = [every[..., first : first + patches], every[..., image.shape[1] :], every[..., :1]]
+        np.testing.assert_allclose(record.shares, torch.stack([one.sum(dim=2) for one in shares], dim=2), atol=1e-5)
+        text = lm.get_output_embeddings()(out.hidden_states[-1])[0, image.shape[1] :][:, record.ids].T
+        np.testing.assert_allclose(record.text, text, atol=1e-4)
         chances = out.logits[0, image.shape[1] :].softmax(dim=-1)[range(len(record.ids)), record.ids]
         np.testing.assert_allclose(record.probabilities, chances, atol=1e-5)
         lens = lm.get_output_embeddings()(out.hidden_states[-1])[0, first : first + patches][:, record.ids].T
@@ -141,6 +146,11 @@ def test_left_padding_and_no_mass_on_the_future():
         torch.testing.assert_close(own.sum(dim=2), torch.ones(2, 2))
         assert own[every[:, None, :].expand_as(own) > rows[:, :, None]].abs().max() == 0
         assert own[1, :, :4].abs().max() == 0  # nor on padding
+    with record_attention(lm, rows, every[:, 6:]) as recorder:
+        lm(input_ids=ids, attention_mask=mask, position_ids=positions)
+    for layer, shares in zip(out.attentions, recorder.shares):
+        expected = layer.mean(dim=1)[torch.arange(2)[:, None], rows]
+        torch.testing.assert_close(shares[..., 2], torch.stack([expected[0, :, 0], expected[1, :, 4]]))  # first token
 
 
 def test_attention_that_passes_by_is_an_error_and_the_model_is_left_as_it_was(make_captioner, monkeypatch):
@@ -419,10 +429,10 @@ def test_maps_that_know_nothing_score_at_chance_and_the_truth_scores_one():
             cover[2 * (box // 4) : 2 * (box // 4) + 2, 2 * (box % 4) : 2 * (box % 4) + 2] = 1
             covers.append(cover.reshape(-1))
         named = [Named("one", (1,), covers[0]), Named("two", (3, 4), covers[1])]
-        table.add_controls(str(photo), rng.random((6, 64)), named, ["a", "dog"] * 3, grid)
+        table.add_controls(str(photo), rng.random((6, 64)), named, ["a", "dog", "the", "red", "dog", "."], grid)
     scores = table.scores()
     truth = scores["ground truth on the grid"]
-    assert [truth[metric].corpus for metric in ("match_at_1", "pair_win", "pointing", "energy", "auroc")] == [1.0] * 5
+    assert {truth[metric].corpus for metric in METRICS if metric != "lift"} == {1.0}
     assert truth["lift"].corpus == pytest.approx(16)
     for row in ("random maps", "centre", "caption mean", "shuffled words"):
         for metric in ("match_at_1", "pair_win"):
@@ -446,6 +456,19 @@ def test_shared_patches_count_for_neither():
     maps = np.array([[0.5, 0.9, 0.1, 0.0], [0.1, 0.9, 0.5, 0.0]])  # both look most at what they share
     assert ground(maps, named, ["one", "two"])["match_at_1"] == (2.0, 2)
     assert ground(maps[::-1].copy(), named, ["one", "two"])["match_at_1"] == (0.0, 2)
+
+
+def test_overlap_at_otsus_threshold_and_function_words_that_are_quiet():
+    """By hand: the threshold is 1; of two patches above it one is the object's; "the" has three of four below it."""
+    named = [Named("dog", (1,), np.array([1.0, 0, 0, 0]))]
+    maps = np.array([[2.0, 0, 0, 0], [4, 3, 1, 0], [9, 9, 9, 9]])
+    table = GroundingTable()
+    table.add("by hand", "photo", maps, named, ["The", "dog", "runs"])
+    scores = table.scores()["by hand"]
+    assert scores["obj_iou"].corpus == 0.5 and scores["f1_iou"].corpus == pytest.approx(2 * 0.5 * 0.75 / 1.25)
+    table.add("by hand", "other", np.ones((1, 4)), [Named("dog", (0,), named[0].cover)], ["dog"])  # flat: nothing above
+    scores = table.scores()["by hand"]
+    assert scores["obj_iou"].corpus == 0.25 and scores["f1_iou"].corpus == pytest.approx(2 * 0.25 * 0.75 / 1.0)
 
 
 def test_objects_are_found_once_and_as_whole_phrases():
