@@ -21,10 +21,8 @@ import numpy as np
 from metrics.statistics import Score, interval, paired, ratio
 
 METRICS = ("match_at_1", "pair_win", "pointing", "energy", "lift", "auroc", "obj_iou", "f1_iou")
-FUNCTION_WORDS = set(
-    "a an the this that these those some any each every no all both either neither another and or but nor he she it "
-    "they him her them his its their who whom whose which what where when there will would can could may must".split()
-)
+FUNCTION_WORDS = """a an the this that these those some any each every no all both another and or but nor he she it they
+him her them his its their who whom whose which what where when there will would can could may might must""".split()
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.utils import ModelOutput
 
 from common.config import UserError
 from models.decoder import attend_with
+from models.decoding import CACHE
 
 RECORDED = "recorded_sdpa"  # our name for it in transformers' registry
 EXTRAS = ("heads", "rollout", "gradcam", "relevancy")
@@ -77,6 +79,12 @@ class Recorder:
     """(B, T, 3) for each layer."""
     call: dict = field(default_factory=dict)
     """What the language model was called with."""
+    out: ModelOutput | None = None
+    """What it returned."""
+
+    def keep(self, module: nn.Module, args: tuple, call: dict, out: ModelOutput) -> None:
+        """A forward hook of the language model."""
+        self.call, self.out = call, out
 
     def record(self, query: Tensor, key: Tensor, mask: Tensor, scaling: float | None) -> None:
         """(B, H, Q, D) queries, (B, G, K, D) keys of G groups of heads, mask (B, 1, Q, K) to add to the scores."""
@@ -123,7 +131,7 @@ def record_attention(
     """
     recorder = Recorder(language_model, rows, columns, extra)
     token = _recorder.set(recorder)
-    keep = language_model.register_forward_pre_hook(lambda _, __, call: recorder.call.update(call), with_kwargs=True)
+    keep = language_model.register_forward_hook(recorder.keep, with_kwargs=True)
     try:
         with attend_with(language_model, RECORDED, after="sdpa"):
             yield recorder
@@ -137,7 +145,7 @@ def record_attention(
 def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tensor]:
     """Those of EXTRAS that are wanted, for the tokens `ids` (B, T): heads (B, L, H, T, P), the others (B, T, P).
 
-    The recorded pass, one without a cache, runs again in eager attention, which gives out all attention and lets
+    The recorded pass, one over the whole text, runs again in eager attention, which gives out all attention and lets
     gradients through it. For gradcam and relevancy it then goes back once for each token.
 
     - rollout (Abnar and Zuidema 2020): the product of all layers' attention, half of each layer for its residual.
@@ -147,7 +155,8 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tenso
     """
     backward = [name for name in ("gradcam", "relevancy") if name in recorder.extra]
     embeddings = recorder.call["inputs_embeds"].detach().requires_grad_(bool(backward))
-    call = recorder.call | {"inputs_embeds": embeddings, "output_attentions": True, "output_hidden_states": True}
+    call = {name: value for name, value in recorder.call.items() if name != CACHE}  # the recorded pass has filled it
+    call |= {"inputs_embeds": embeddings, "use_cache": False, "output_attentions": True, "output_hidden_states": True}
     batch, rows, columns = torch.arange(len(ids), device=ids.device)[:, None], recorder.rows, recorder.columns
     with torch.set_grad_enabled(bool(backward)), attend_with(recorder.language_model, "eager", after="sdpa"):
         out = recorder.language_model(**call)

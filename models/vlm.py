@@ -63,15 +63,14 @@ class VisionLanguageModel(nn.Module):
         return prefill(self.model.model, **short, position_ids=positions)
 
     def _whole(self, photos: Sequence[LoadedPhoto], captions: Tensor, mask: Tensor) -> dict:
-        """What the model reads in one pass over photo, prompt and caption (B, T), without a cache."""
+        """For `generate`, which then reads photos, prompts and captions (B, T) in one pass, and adds one token."""
         inputs = self.inputs(photos)
         prompt = inputs["attention_mask"].shape
         for name, value in inputs.items():  # ids, mask and token types, but no pixels
             if value.shape == prompt:
                 inputs[name] = F.pad(value, (0, captions.shape[1]))
         inputs["input_ids"][:, prompt[1] :] = captions
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return inputs | {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+        return inputs | {"attention_mask": mask, "max_new_tokens": 1, "do_sample": False, "num_beams": 1}
 
     @torch.inference_mode()
     def generate(
@@ -112,7 +111,8 @@ class VisionLanguageModel(nn.Module):
         if extra:
             call, rows = self._whole([photos[b] for b in owner], ids[:, 1:], mask), rows + mask.shape[1] - ids.shape[1]
         with record_attention(model.language_model, rows, columns[owner], extra) as recorder:
-            states = model(**call).last_hidden_state[:, -ids.shape[1] :]
+            (self.model.generate if extra else model)(**call)
+        states = recorder.out.last_hidden_state[:, -ids.shape[1] :]
         closed = [[[*caption, self.tokenizer.eos_token_id]] for caption in flat]
         head = self.model.get_output_embeddings()
         records = iter(read_records(recorder, states, patches[owner], head, closed))
