@@ -42,7 +42,7 @@ def ways(device: str) -> dict[str, Callable]:
 
     @torch.no_grad()
     def probe(extra: tuple[str, ...] = (), tokens: int = CAPTION):
-        with record_attention(model, rows[:, :tokens], columns, extra) as recorder:
+        with record_attention(model, rows[:, :tokens], columns, extra=extra) as recorder:
             sdpa()
         kept = recorder.mean + recorder.peak + recorder.shares
         made = explain(recorder, ids[:, :tokens], head) if extra else torch.stack(recorder.mean)[:, 0]

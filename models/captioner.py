@@ -137,7 +137,7 @@ class Captioner(nn.Module):
         columns = torch.arange(tokens - patches, tokens, device=prefix.device).expand(len(prefix), -1)  # no class token
         batch = pack_rows(captions, eos).to(prefix.device)
         rows = torch.arange(batch.labels.shape[1], device=prefix.device).expand(len(prefix), -1) + tokens
-        with record_attention(lm.base_model, rows, columns, extra) as recorder:
+        with record_attention(lm.base_model, rows, columns, extra=extra) as recorder:
             hidden = self.hidden(prefix, batch)
         closed = [[[*caption, eos] for caption in own] for own in captions]
         head = lm.get_output_embeddings()

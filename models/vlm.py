@@ -110,7 +110,7 @@ class VisionLanguageModel(nn.Module):
         call = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True, CACHE: cache}
         if extra:
             call, rows = self._whole([photos[b] for b in owner], ids[:, 1:], mask), rows + mask.shape[1] - ids.shape[1]
-        with record_attention(model.language_model, rows, columns[owner], extra) as recorder:
+        with record_attention(model.language_model, rows, columns[owner], extra=extra) as recorder:
             (self.model.generate if extra else model)(**call)
         states = recorder.out.last_hidden_state[:, -ids.shape[1] :]
         closed = [[[*caption, self.tokenizer.eos_token_id]] for caption in flat]
