@@ -69,7 +69,8 @@ class VisionLanguageModel(nn.Module):
         for name, value in inputs.items():  # ids, mask and token types, but no pixels
             if value.shape == prompt:
                 inputs[name] = F.pad(value, (0, captions.shape[1]))
-        inputs["input_ids"][:, prompt[1] :] = captions
+        filler = inputs["input_ids"][:, prompt[1] - 1 : prompt[1]]  # `generate` warns of padding on the right
+        inputs["input_ids"][:, prompt[1] :] = captions.where(mask[:, prompt[1] :] > 0, filler)
         return inputs | {"attention_mask": mask, "max_new_tokens": 1, "do_sample": False, "num_beams": 1}
 
     @torch.inference_mode()
