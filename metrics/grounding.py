@@ -171,10 +171,11 @@ class GroundingTable:
         for metric in METRICS:
             parts[metric][photo] = parts[metric].get(photo, 0) + np.array(found.get(metric, (0, 0)))
 
-    def add_controls(
-        self, photo: str, maps: np.ndarray, named: Sequence[Named], words: Sequence[str], grid: tuple[int, int]
-    ) -> None:
-        """Add maps that do not depend on the word or the photo, and as the upper limit the true masks."""
+    def add_controls(self, photo: str, maps: np.ndarray, named: list[Named], words: list[str], grid: tuple) -> None:
+        """Add maps that do not depend on the word or the photo, and as the upper limit the true masks.
+
+        `grid` is (rows, columns) of the patches.
+        """
         y, x = (np.linspace(-1, 1, size) for size in grid)
         centre = np.exp(-(y[:, None] ** 2 + x[None, :] ** 2)).reshape(-1)  # rises towards the middle of the grid
         truth = np.zeros_like(maps)

@@ -172,8 +172,7 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tenso
         for layer, of_layer in zip(layers[::-1], gradients[::-1]):
             flow = flow + flow @ (layer.detach() * of_layer).clamp(min=0).float().mean(dim=1)
         relevancy.append(flow[:, 0].gather(1, columns))
-    found = {"gradcam": gradcam, "relevancy": relevancy}
-    found = {name: torch.stack(found[name], dim=1) for name in backward}
+    found = {name: torch.stack({"gradcam": gradcam, "relevancy": relevancy}[name], dim=1) for name in backward}
     at = batch[..., None], rows[..., None], columns[:, None]  # (B, T, P)
     if "rollout" in recorder.extra:
         flow = torch.eye(embeddings.shape[1], device=ids.device)
