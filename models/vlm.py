@@ -6,7 +6,7 @@ docs/grounding.md lists the families of models.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from common.config import UserError
@@ -95,6 +96,18 @@ class VisionLanguageModel(nn.Module):
         kwargs, output = seen
         return cache, output.last_hidden_state[:, :-1], kwargs["position_ids"][..., :-1]
 
+    def _whole(self, photos: Sequence[LoadedPhoto], captions: Tensor) -> dict:
+        """For `generate`, which then reads photos, prompts and captions (B, T) in one pass, and adds one token."""
+        inputs = self.inputs(photos)
+        prompt = inputs["input_ids"].shape
+        kinds = torch.full_like(captions, self.family == "paligemma")  # there all of kind 0, the prompt, see each other
+        image = captions == self.model.config.image_token_id  # without a photo to it `generate` would stop
+        more = {"input_ids": captions.where(~image, self.pad), "attention_mask": torch.ones_like(captions)}
+        for name, value in inputs.items():  # ids, mask and token types, but no pixels
+            if value.shape == prompt:
+                inputs[name] = torch.cat([value, more.get(name, kinds)], dim=1)
+        return inputs | {"max_new_tokens": 1, "do_sample": False, "num_beams": 1}
+
     @torch.inference_mode()
     def generate(
         self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
@@ -113,29 +126,34 @@ class VisionLanguageModel(nn.Module):
             drawn = {name: generate_plainly(self.model, inputs, wanted[name], own[name], *ends) for name in wanted}
         return choose_candidates(drawn, decodings, self.text)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def attend(
-        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]]
+        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]], extra: Collection[str] = ()
     ) -> list[list[AttentionRecord]]:
         """What each token of each of a photo's captions attended to, the closing EOS last."""
         inputs, decoder = self.inputs(photos), self.model.get_decoder()
         cache, states, positions = self._prefill(inputs)
         prompt, device = inputs["input_ids"], states.device
         places = [(row == self.model.config.image_token_id).nonzero()[:, 0] for row in prompt]
-        columns = nn.utils.rnn.pad_sequence(places, batch_first=True)  # (B, P) of the photo with the most image tokens
+        columns = nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)  # (B, P) of the most tokens
+        columns = columns.where(columns >= 0, columns[:, :1])
         patches = states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
         owner = torch.tensor([b for b, own in enumerate(captions) for _ in own], device=device)
         cache.batch_select_indices(owner)  # each caption goes on from its own photo's prompt
         flat = [list(caption) for own in captions for caption in own]
         rows = [torch.tensor([prompt[0, -1], *caption], device=device) for caption in flat]  # all prompts end alike
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
-        real = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        # what fills up shorter captions lies behind them, where they do not see it
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(prompt[0, -1]))
+        mask = F.pad(inputs["attention_mask"][owner, :-1], (0, ids.shape[1]), value=1)
         steps = torch.arange(ids.shape[1], device=device).expand(len(flat), -1)
-        with record_attention(decoder, steps, columns[owner]) as recorder:
-            states = decoder(
-                input_ids=ids, attention_mask=torch.cat([inputs["attention_mask"][owner, :-1], real], dim=1),
-                position_ids=positions[..., owner, -1:] + 1 + steps, use_cache=True, **{CACHE: cache},
-            ).last_hidden_state  # fmt: skip
+        at = steps + (prompt.shape[1] - 1 if extra else 0)
+        with record_attention(decoder, at, columns[owner], extra) as recorder:
+            if extra:
+                self.model.generate(**self._whole([photos[b] for b in owner], ids[:, 1:]))
+            else:
+                places = positions[..., owner, -1:] + 1 + steps
+                decoder(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **{CACHE: cache})
+        states = recorder.out.last_hidden_state[:, -ids.shape[1] :]
         closed = [[[*caption, self.tokenizer.eos_token_id]] for caption in flat]
         head = self.model.get_output_embeddings()
         records = iter(read_records(recorder, states, patches[owner], head, closed))
