@@ -27,12 +27,13 @@ from common.files import check_apart, check_output, folder_problems, read_text, 
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.photos import LoadedPhoto, Photo, PhotoBatches
-from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named
+from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named, ground, maps_of_objects
 from metrics.object_words import phrases
 from models.attention import EXTRAS
 from models.attribution import CHEAP, METHODS, Unit, split_units
 from models.checkpoint import load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
+from models.deletion import deletion_insertion
 from models.interface import CaptionModel
 from models.vlm import PROMPT, Fit, Quantize, check_model, load_vlm
 from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
@@ -86,6 +87,8 @@ class Config(CommonSettings):
     """Of `model`. processor: photos as its processor takes them; pad: padded to squares, as in LLaVA-1.5's training."""
     quantize: Quantize = "none"
     """Hold the weights of `model` in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
+    deletion: bool = False
+    """With `instances`: also deletion and insertion curves for each photo's first caption, 6 passes for each map."""
     pictures: bool = True
     """False: measure the grounding and draw nothing."""
 
@@ -99,6 +102,8 @@ def check_settings(cfg: Config) -> None:
         problems.append("quantize, fit: these settings are of a vision-language model; expected model with them")
     if cfg.instances and (cfg.quantize != "none" or cfg.unit == "token"):
         problems.append("instances: grounding is of words and redraws weights; expected unit word and quantize none")
+    if cfg.deletion and not cfg.instances:
+        problems.append("deletion: the curves are of words that name objects; expected instances with it")
     if not cfg.pictures and not cfg.instances:
         problems.append("pictures: false leaves the grounding scores alone to be done; expected instances with it")
     problems += folder_problems(cfg.output, cfg.overwrite, "give another name, or --overwrite to write into it")
@@ -179,7 +184,8 @@ def measure_random_weights(model: CaptionModel, grounded: Grounded, table: Groun
                 units = split_units(record, model.tokenizer, cfg.unit)
                 for name in dict.fromkeys(("last_mean", cfg.method)):
                     maps = METHODS[name].maps(record, units, (grid.rows, grid.columns))
-                    table.add(f"random weights, {name}", loaded.stem, maps, named, [unit.text for unit in units])
+                    found = ground(maps, named, [unit.text for unit in units])
+                    table.add(f"random weights, {name}", loaded.stem, found)
 
 
 # ------------------------------------------------------------------------------------------- the script
@@ -240,10 +246,15 @@ def main(cfg: Config) -> None:
                 maps = {name: METHODS[name].maps(record, units, shape) for name in names}
                 named = named_objects(units, masks, grid.box, shape)
                 if named:
+                    rows = maps | table.controls(maps[cfg.method], named, shape)
                     words = [unit.text for unit in units]
-                    for name in names:
-                        table.add(name, loaded.stem, maps[name], named, words)
-                    table.add_controls(loaded.stem, maps[cfg.method], named, words, shape)
+                    places = [[place for word in one.words for place in units[word].tokens] for one in named]
+                    for name, of_row in rows.items():
+                        found = ground(of_row, named, words)
+                        if cfg.deletion and number == 0:
+                            of_objects = maps_of_objects(of_row, named)
+                            found |= deletion_insertion(model, loaded, record, grid, places, of_objects)
+                        table.add(name, loaded.stem, found)
                     grounded.setdefault(loaded.photo, []).append((record.ids[:-1], named))
                 if cfg.pictures and number == 0:
                     objects = {one.name: (one.words, masks[one.name]) for one in named}

@@ -9,6 +9,7 @@ auroc                 chance that a patch on the object has a higher value than 
 obj_iou, f1_iou       as in TAM (Li et al. 2025): the overlap (intersection over union) of the object and the patches
                       above the map's threshold by Otsu; and the harmonic mean of that and of the share of patches that
                       the maps of the caption's function words leave below the mean of these thresholds.
+deletion, insertion   areas under the curves of `models.deletion`, where they were made.
 """
 
 import itertools
@@ -20,7 +21,7 @@ import numpy as np
 
 from metrics.statistics import Score, interval, paired, ratio
 
-METRICS = ("match_at_1", "pair_win", "pointing", "energy", "lift", "auroc", "obj_iou", "f1_iou")
+METRICS = tuple("match_at_1 pair_win pointing energy lift auroc obj_iou f1_iou deletion insertion".split())
 FUNCTION_WORDS = """a an the this that these those some any each every no all both another and or but nor he she it they
 him her them his its their who whom whose which what where when there will would can could may might must""".split()
 
@@ -96,12 +97,17 @@ def otsu(values: np.ndarray) -> float:
     return float(ordered[np.argmax(below * below[::-1] * (upper - lower) ** 2)])
 
 
+def maps_of_objects(maps: np.ndarray, named: Sequence[Named]) -> np.ndarray:
+    """(W, P) maps of words -> (K, P) maps of objects, each the mean of its words'."""
+    return np.stack([maps[list(one.words)].mean(axis=0) for one in named])
+
+
 def ground(maps: np.ndarray, named: Sequence[Named], words: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """(W, P) maps of a caption's W words and the objects it names -> {metric: (sum over objects, number of them)}.
 
-    The map of an object is the mean of its words' maps. f1_iou has the same again for the function words.
+    f1_iou has the same again for the function words.
     """
-    object_maps = np.stack([maps[list(one.words)].mean(axis=0) for one in named])
+    object_maps = maps_of_objects(maps, named)
     covers = np.stack([one.cover for one in named])
     idle = [i for i, word in enumerate(words) if word.lower() in FUNCTION_WORDS]
     found = _compare_objects(object_maps, covers) | _score_each(object_maps, covers)
@@ -165,14 +171,14 @@ class GroundingTable:
         self.seed, self.rng = seed, np.random.default_rng(seed)
         self.parts: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # row -> metric -> photo -> (sum, count)
 
-    def add(self, row: str, photo: str, maps: np.ndarray, named: Sequence[Named], words: Sequence[str]) -> None:
-        """Add one caption's maps (W, P) by one method."""
-        parts, found = self.parts.setdefault(row, {metric: {} for metric in METRICS}), ground(maps, named, words)
+    def add(self, row: str, photo: str, found: dict[str, tuple[float, ...]]) -> None:
+        """Add one caption's scores by one method, as `ground` gives them."""
+        parts = self.parts.setdefault(row, {metric: {} for metric in METRICS})
         for metric in METRICS:
             parts[metric][photo] = parts[metric].get(photo, 0) + np.array(found.get(metric, (0, 0)))
 
-    def add_controls(self, photo: str, maps: np.ndarray, named: list[Named], words: list[str], grid: tuple) -> None:
-        """Add maps that do not depend on the word or the photo, and as the upper limit the true masks.
+    def controls(self, maps: np.ndarray, named: list[Named], grid: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Maps (W, P) that do not depend on the word or the photo, and as the upper limit the true masks.
 
         `grid` is (rows, columns) of the patches.
         """
@@ -181,15 +187,13 @@ class GroundingTable:
         truth = np.zeros_like(maps)
         for one in named:
             truth[list(one.words)] = one.cover
-        controls = {
+        return {
             "random maps": self.rng.random(maps.shape),
             "centre": np.tile(centre, (len(maps), 1)),
             "caption mean": np.tile(maps.mean(axis=0), (len(maps), 1)),
             "shuffled words": maps[self.rng.permutation(len(maps))],
             "ground truth on the grid": truth,
         }
-        for name, of_control in controls.items():
-            self.add(name, photo, of_control, named, words)
 
     def scores(self) -> dict[str, dict[str, Score]]:
         """Each row's metrics, as means over objects."""

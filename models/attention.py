@@ -132,10 +132,9 @@ def record_attention(lm: nn.Module, rows: Tensor, columns: Tensor, extra: Collec
     token = _recorder.set(recorder)
     keep = lm.register_forward_hook(recorder.keep, with_kwargs=True)
     try:
-        with attend_with(lm, RECORDED, after="sdpa"):
+        with keep, attend_with(lm, RECORDED, after="sdpa"):
             yield recorder
     finally:
-        keep.remove()
         _recorder.reset(token)
     if not recorder.mean:
         raise UserError(f"{type(lm).__name__} computes attention by itself: it cannot be recorded")
@@ -147,7 +146,8 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tenso
     The recorded pass, one over the whole text, runs again in eager attention, which gives out all attention and lets
     gradients through it. For gradcam and relevancy it then goes back once for each token.
 
-    - rollout (Abnar and Zuidema 2020): the product of all layers' attention, half of each layer for its residual.
+    - rollout (Abnar and Zuidema 2020): the product of all layers' attention plus identity. The paper halves each
+      factor, which scales all maps alike.
     - relevancy (Chefer et al. 2021): the product of the positive part of attention times gradient, plus identity.
     - gradcam (Selvaraju et al. 2017): the features of the image tokens that go into the last layer (behind it no word
       depends on them), each weighted by the mean of the logit's gradient over the patches.
@@ -161,28 +161,34 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tenso
         out = recorder.lm(**call)
         states = out.last_hidden_state[batch, rows].float()
         logits = (states * unembedding_rows(head, ids).float()).sum(dim=(0, 2)).unbind()  # T, each of all rows
-    layers, features, gradcam, relevancy = out.attentions, out.hidden_states[-2], [], []
+    layers, features, found = out.attentions, out.hidden_states[-2], {name: [] for name in backward}
     patch = torch.zeros(embeddings.shape[:2], device=ids.device).scatter(1, columns, 1.0)  # (B, Q), each patch once
     for t, logit in enumerate(logits if backward else ()):
         inputs = (features, *layers) if "relevancy" in backward else (features,)  # for gradcam it goes back one layer
         gradient, *gradients = torch.autograd.grad(logit, inputs, retain_graph=True)
-        weights = patch[:, None] @ gradient.float() / patch.sum(dim=1)[:, None, None]  # (B, 1, D)
-        gradcam.append((features.detach()[batch, columns].float() * weights).sum(dim=2))
-        flow = F.one_hot(rows[:, t], embeddings.shape[1])[:, None].float()  # (B, 1, Q)
-        for layer, of_layer in zip(layers[::-1], gradients[::-1]):
-            flow = flow + flow @ (layer.detach() * of_layer).clamp(min=0).float().mean(dim=1)
-        relevancy.append(flow[:, 0].gather(1, columns))
-    found = {name: torch.stack({"gradcam": gradcam, "relevancy": relevancy}[name], dim=1) for name in backward}
-    at = batch[..., None], rows[..., None], columns[:, None]  # (B, T, P)
+        if "gradcam" in found:
+            weights = patch[:, None] @ gradient.float() / patch.sum(dim=1)[:, None, None]  # (B, 1, D)
+            found["gradcam"].append((features.detach()[batch, columns].float() * weights).sum(dim=2))
+        if "relevancy" in found:
+            used = [(layer.detach() * of_layer).clamp(min=0) for layer, of_layer in zip(layers, gradients)]
+            found["relevancy"].append(_flow(rows[:, t : t + 1], used, columns)[:, 0])
+    found = {name: torch.stack(maps, dim=1) for name, maps in found.items()}
     if "rollout" in recorder.extra:
-        flow = torch.eye(embeddings.shape[1], device=ids.device)
-        for layer in layers:
-            flow = (layer.detach().float().mean(dim=1) @ flow + flow) / 2
-        found["rollout"] = flow[at]
+        found["rollout"] = _flow(rows, layers, columns)
     if "heads" in recorder.extra:
-        seen = [layer.detach().movedim(1, 3)[at].movedim(3, 1) for layer in layers]
-        found["heads"] = torch.stack(seen, dim=1).float()
+        at = batch[..., None], rows[..., None], columns[:, None]  # (B, T, P)
+        found["heads"] = torch.stack(
+            [layer.detach().movedim(1, 3)[at].movedim(3, 1) for layer in layers], dim=1
+        ).float()
     return found
+
+
+def _flow(rows: Tensor, layers: Sequence[Tensor], columns: Tensor) -> Tensor:
+    """What comes to `rows` (B, T) from `columns` (B, P) through all layers (B, H, Q, Q) and around each: (B, T, P)."""
+    flow = F.one_hot(rows, layers[0].shape[-1]).float()
+    for layer in layers[::-1]:
+        flow = flow + flow @ layer.detach().float().mean(dim=1)
+    return flow.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
 
 
 def unembedding_rows(head: nn.Module, ids: Tensor) -> Tensor:

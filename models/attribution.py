@@ -136,50 +136,22 @@ def _tam(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]) 
         explained = weights @ logits[:t]
         scale = logits[t] @ explained / max(explained @ explained, 1e-12)
         maps[t] = (logits[t] - scale * explained).clip(min=0)
-    return joined(rank_filtered(maps, grid), units)
-
-
-def rank_filtered(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """(W, P) -> (W, P) under TAM's rank Gaussian filter: 3 x 3 patches, weighted by their rank around the median.
-
-    Where values scatter much, measured by standard deviation / mean, the Gaussian over the ranks is wide.
-    """
-    padded = np.pad(maps.reshape(-1, *grid), ((0, 0), (1, 1), (1, 1)), mode="reflect")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
-    ranked = np.sort(windows.reshape(*maps.shape, 9), axis=2)
-    width = np.maximum(ranked.std(axis=2) / np.maximum(ranked.mean(axis=2), 1e-12), 1e-6)
-    weights = np.exp(-((np.arange(9) - 4) ** 2) / (2 * width[..., None] ** 2))
-    return (ranked * weights).sum(axis=2) / weights.sum(axis=2)
+    return joined(smoothed(maps, grid), units)
 
 
 def _heads(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]) -> np.ndarray:
-    """Localization heads (Kang et al. 2025): of the heads that look at the photo, those whose maps lie together most.
+    """Localization heads (Kang et al. 2025): of the heads that look at the photo, those whose maps are the sharpest.
 
-    A head looks at the photo if its share of attention there is above the mean head's. (The paper takes the elbow of
-    the sorted shares, and finds a model's heads on a thousand photos; here each caption finds its own.)
+    A head looks at the photo if its share of attention there is above the mean head's. Its maps are sharp if their
+    entropy is low, on the mean of all words.
     """
     maps = joined(record.heads, units).reshape(-1, len(units), record.lens.shape[1])  # (L x H, W, P)
     mass = maps.sum(axis=(1, 2))
     looking = maps[mass >= mass.mean()]
-    best = np.argsort(spatial_entropy(looking, grid).mean(axis=1), kind="stable")[:HEADS]
+    share = looking / np.maximum(looking.sum(axis=2, keepdims=True), 1e-12)
+    entropy = -(share * np.log(np.maximum(share, 1e-12))).sum(axis=2)
+    best = np.argsort(entropy.mean(axis=1), kind="stable")[:HEADS]
     return smoothed(looking[best].sum(axis=0), grid)
-
-
-def spatial_entropy(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """(..., P) -> (...): entropy of how the values above twice a map's mean are shared among connected regions.
-
-    Patches that touch, at a corner too, are of one region. One region alone gives 0, a map without such values inf.
-    """
-    flat = torch.from_numpy(maps.reshape(-1, 1, *grid)).float()
-    high = (flat - 2 * flat.mean(dim=(2, 3), keepdim=True)).clamp(min=0)
-    inside, labels = high > 0, torch.arange(1.0, 1 + high[0].numel()).view(1, 1, *grid) * (high > 0)
-    while not torch.equal(labels, spread := F.max_pool2d(labels, 3, stride=1, padding=1) * inside):
-        labels = spread
-    high, labels = high.flatten(1), labels.flatten(1).long()
-    regions = torch.zeros(len(high), high.shape[1] + 1).scatter_add_(1, labels, high)
-    share = regions / regions.sum(dim=1, keepdim=True)
-    entropy = torch.special.entr(share).sum(dim=1).nan_to_num(nan=torch.inf)
-    return entropy.view(maps.shape[:-1]).numpy()
 
 
 class Method(NamedTuple):
@@ -206,10 +178,8 @@ METHODS = {
     "mid": Method("attention", "middle layers, mean over heads", _mid),
     "demean": Method("attention", "middle layers, less the mean of all words", lambda *its: _demeaned(_mid(*its))),
     "rel": Method("attention", "all layers, compared with the caption's other words", _rel),
-    "heads": Method("attention", "the three heads whose maps lie together most", _heads),
-    "rollout": Method(
-        "attention", "attention multiplied through all layers", _of_tokens(lambda record: record.rollout)
-    ),
+    "heads": Method("attention", "the three heads with the sharpest maps", _heads),
+    "rollout": Method("attention", "attention times attention, all layers", _of_tokens(lambda record: record.rollout)),
     "gradcam": Method("gradient", "last layer's input x gradient", _of_tokens(lambda record: record.gradcam)),
     "relevancy": Method("gradient", "attention x gradient, all layers", _of_tokens(lambda record: record.relevancy)),
     "lens": Method("logit", "the word's logit at each patch, less the mean of all words", _lens),

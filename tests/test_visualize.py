@@ -93,13 +93,23 @@ def test_best_and_worst_by_score(scene):
 def test_grounding_of_given_captions(scene, llava_folder, which, capsys):
     source = {} if which == "ours" else {"checkpoint": None, "model": str(llava_folder)}
     folder = visualize(
-        scene, annotations=scene / "captions.json", instances=scene / "instances.json", methods=list(METHODS), **source
+        scene,
+        annotations=scene / "captions.json",
+        instances=scene / "instances.json",
+        methods=list(METHODS),
+        deletion=True,
+        **source,
     )
     content = json.loads((folder / "grounding.json").read_text())
     assert (content["photos"], content["objects"], content["objects_among_others"]) == (2, 3, 2)
     method = content["method"]
     blind = {"random weights, last_mean", f"random weights, {method}"}
     assert set(content["rows"]) >= {*METHODS, *blind, "centre", "ground truth on the grid"}
+    curves = {
+        row: [cells[curve]["score"] for curve in ("deletion", "insertion")] for row, cells in content["rows"].items()
+    }
+    assert all(np.isfinite(curves[row]).all() for row in (*METHODS, "random maps", "centre"))
+    assert curves["rel"] != curves["centre"] and curves[f"random weights, {method}"] == [None, None]
     truth = content["rows"]["ground truth on the grid"]
     assert truth["match_at_1"]["score"] == truth["pointing"]["score"] == 1.0
     out = capsys.readouterr().out
@@ -123,6 +133,7 @@ def test_a_caption_with_dollar_signs_is_drawn_as_it_is(scene):
     [
         ({"model": "m"}, "checkpoint: expected either checkpoint or model, got both"),
         ({"checkpoint": None}, "checkpoint: expected either checkpoint or model, got neither"),
+        ({"deletion": True}, "deletion: the curves are of words that name objects; expected instances"),
         ({"pictures": False}, "pictures: false leaves the grounding scores alone"),
         ({"scores": Path("nowhere.json")}, "nowhere.json: no such file or directory; expected scores of evaluate.py"),
         ({"instances": Path("captions.json")}, "instances: .*captions.json: 'categories' is missing"),
