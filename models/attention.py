@@ -170,11 +170,12 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tenso
             weights = patch[:, None] @ gradient.float() / patch.sum(dim=1)[:, None, None]  # (B, 1, D)
             found["gradcam"].append((features.detach()[batch, columns].float() * weights).sum(dim=2))
         if "relevancy" in found:
-            used = [(layer.detach() * of_layer).clamp(min=0) for layer, of_layer in zip(layers, gradients)]
+            pairs = zip(layers, gradients)
+            used = [(layer.detach() * of_layer).clamp(min=0).float().mean(dim=1) for layer, of_layer in pairs]
             found["relevancy"].append(_flow(rows[:, t : t + 1], used, columns)[:, 0])
     found = {name: torch.stack(maps, dim=1) for name, maps in found.items()}
     if "rollout" in recorder.extra:
-        found["rollout"] = _flow(rows, layers, columns)
+        found["rollout"] = _flow(rows, [layer.detach().float().mean(dim=1) for layer in layers], columns)
     if "heads" in recorder.extra:
         at = batch[..., None], rows[..., None], columns[:, None]  # (B, T, P)
         found["heads"] = torch.stack(
@@ -184,10 +185,10 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tenso
 
 
 def _flow(rows: Tensor, layers: Sequence[Tensor], columns: Tensor) -> Tensor:
-    """What comes to `rows` (B, T) from `columns` (B, P) through all layers (B, H, Q, Q) and around each: (B, T, P)."""
+    """What comes to `rows` (B, T) from `columns` (B, P) through all layers (B, Q, Q) and around each: (B, T, P)."""
     flow = F.one_hot(rows, layers[0].shape[-1]).float()
     for layer in layers[::-1]:
-        flow = flow + flow @ layer.detach().float().mean(dim=1)
+        flow = flow + flow @ layer
     return flow.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
 
 
