@@ -27,13 +27,12 @@ from common.files import check_apart, check_output, folder_problems, read_text, 
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.photos import LoadedPhoto, Photo, PhotoBatches
-from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named, ground, maps_of_objects
+from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named, ground
 from metrics.object_words import phrases
 from models.attention import EXTRAS
 from models.attribution import CHEAP, METHODS, Unit, split_units
 from models.checkpoint import load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
-from models.deletion import deletion_insertion
 from models.interface import CaptionModel
 from models.vlm import PROMPT, Fit, Quantize, check_model, load_vlm
 from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
@@ -87,8 +86,6 @@ class Config(CommonSettings):
     """Of `model`. processor: photos as its processor takes them; pad: padded to squares, as in LLaVA-1.5's training."""
     quantize: Quantize = "none"
     """Hold the weights of `model` in 8 or 4 bits, by bitsandbytes on a CUDA GPU."""
-    deletion: bool = False
-    """With `instances`: also deletion and insertion curves for each photo's first caption, 6 passes for each map."""
     pictures: bool = True
     """False: measure the grounding and draw nothing."""
 
@@ -102,8 +99,6 @@ def check_settings(cfg: Config) -> None:
         problems.append("quantize, fit: these settings are of a vision-language model; expected model with them")
     if cfg.instances and (cfg.quantize != "none" or cfg.unit == "token"):
         problems.append("instances: grounding is of words and redraws weights; expected unit word and quantize none")
-    if cfg.deletion and not cfg.instances:
-        problems.append("deletion: the curves are of words that name objects; expected instances with it")
     if not cfg.pictures and not cfg.instances:
         problems.append("pictures: false leaves the grounding scores alone to be done; expected instances with it")
     problems += folder_problems(cfg.output, cfg.overwrite, "give another name, or --overwrite to write into it")
@@ -233,9 +228,8 @@ def main(cfg: Config) -> None:
     names = [name for name in METHODS if name in {*cfg.methods, cfg.method}]
     drawn, grounded, table = [], {}, GroundingTable(cfg.seed)
     for batch in PhotoBatches(photos, cfg.batch_size, cfg.workers, "attention"):
-        for loaded, records in zip(
-            batch, model.attend(batch, captions_of(model, batch, cfg), set(names) & set(EXTRAS))
-        ):
+        captions = captions_of(model, batch, cfg)
+        for loaded, records in zip(batch, model.attend(batch, captions, set(names) & set(EXTRAS))):
             grid, masks = model.patch_grid(*loaded.image.size), masks_of(loaded, instances) if instances else {}
             shape = (grid.rows, grid.columns)
             for number, record in enumerate(records):
@@ -247,14 +241,8 @@ def main(cfg: Config) -> None:
                 named = named_objects(units, masks, grid.box, shape)
                 if named:
                     rows = maps | table.controls(maps[cfg.method], named, shape)
-                    words = [unit.text for unit in units]
-                    places = [[place for word in one.words for place in units[word].tokens] for one in named]
                     for name, of_row in rows.items():
-                        found = ground(of_row, named, words)
-                        if cfg.deletion and number == 0:
-                            of_objects = maps_of_objects(of_row, named)
-                            found |= deletion_insertion(model, loaded, record, grid, places, of_objects)
-                        table.add(name, loaded.stem, found)
+                        table.add(name, loaded.stem, ground(of_row, named, [unit.text for unit in units]))
                     grounded.setdefault(loaded.photo, []).append((record.ids[:-1], named))
                 if cfg.pictures and number == 0:
                     objects = {one.name: (one.words, masks[one.name]) for one in named}

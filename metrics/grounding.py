@@ -9,7 +9,6 @@ auroc                 chance that a patch on the object has a higher value than 
 obj_iou, f1_iou       as in TAM (Li et al. 2025): the overlap (intersection over union) of the object and the patches
                       above the map's threshold by Otsu; and the harmonic mean of that and of the share of patches that
                       the maps of the caption's function words leave below the mean of these thresholds.
-deletion, insertion   areas under the curves of `models.deletion`, where they were made.
 """
 
 import itertools
@@ -21,7 +20,7 @@ import numpy as np
 
 from metrics.statistics import Score, interval, paired, ratio
 
-METRICS = tuple("match_at_1 pair_win pointing energy lift auroc obj_iou f1_iou deletion insertion".split())
+METRICS = tuple("match_at_1 pair_win pointing energy lift auroc obj_iou f1_iou".split())
 FUNCTION_WORDS = """a an the this that these those some any each every no all both another and or but nor he she it they
 him her them his its their who whom whose which what where when there will would can could may might must""".split()
 
@@ -97,17 +96,12 @@ def otsu(values: np.ndarray) -> float:
     return float(ordered[np.argmax(below * below[::-1] * (upper - lower) ** 2)])
 
 
-def maps_of_objects(maps: np.ndarray, named: Sequence[Named]) -> np.ndarray:
-    """(W, P) maps of words -> (K, P) maps of objects, each the mean of its words'."""
-    return np.stack([maps[list(one.words)].mean(axis=0) for one in named])
-
-
 def ground(maps: np.ndarray, named: Sequence[Named], words: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """(W, P) maps of a caption's W words and the objects it names -> {metric: (sum over objects, number of them)}.
 
-    f1_iou has the same again for the function words.
+    The map of an object is the mean of its words' maps. f1_iou has the same again for the function words.
     """
-    object_maps = maps_of_objects(maps, named)
+    object_maps = np.stack([maps[list(one.words)].mean(axis=0) for one in named])
     covers = np.stack([one.cover for one in named])
     idle = [i for i, word in enumerate(words) if word.lower() in FUNCTION_WORDS]
     found = _compare_objects(object_maps, covers) | _score_each(object_maps, covers)

@@ -170,8 +170,7 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tenso
             weights = patch[:, None] @ gradient.float() / patch.sum(dim=1)[:, None, None]  # (B, 1, D)
             found["gradcam"].append((features.detach()[batch, columns].float() * weights).sum(dim=2))
         if "relevancy" in found:
-            pairs = zip(layers, gradients)
-            used = [(layer.detach() * of_layer).clamp(min=0).float().mean(dim=1) for layer, of_layer in pairs]
+            used = [(a.detach() * g).clamp(min=0).float().mean(dim=1) for a, g in zip(layers, gradients)]
             found["relevancy"].append(_flow(rows[:, t : t + 1], used, columns)[:, 0])
     found = {name: torch.stack(maps, dim=1) for name, maps in found.items()}
     if "rollout" in recorder.extra:

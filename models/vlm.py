@@ -125,11 +125,8 @@ class VisionLanguageModel(nn.Module):
         owner = [b for b, own in enumerate(captions) for _ in own]  # each caption goes on from its own photo's prompt
         if extra:  # one pass over photo, prompt and caption
             photos, owner = [photos[b] for b in owner], range(len(flat))
-        inputs, decoder, owner = (
-            self.inputs(photos),
-            self.model.get_decoder(),
-            torch.tensor(owner).to(self.model.device),
-        )
+        inputs, decoder = self.inputs(photos), self.model.get_decoder()
+        owner = torch.tensor(owner, device=self.model.device)
         prompt, shares = inputs["input_ids"], [grid_of(self.patch_boxes(*photo.image.size))[1] for photo in photos]
         places = [(row == self.model.config.image_token_id).nonzero()[:, 0] for row in prompt]
         columns = nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)  # (B, P) of the most tokens
@@ -145,7 +142,7 @@ class VisionLanguageModel(nn.Module):
             states = recorder.out.last_hidden_state
         else:
             cache, states, positions = self._prefill(inputs)
-            cache.batch_select_indices(owner.to(prompt.device))
+            cache.batch_select_indices(owner)
             mask = F.pad(inputs["attention_mask"][owner, :-1], (0, ids.shape[1]), value=1)
             places = positions[..., owner, -1:] + 1 + steps
             with record_attention(decoder, steps, columns[owner]) as recorder:

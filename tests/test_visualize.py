@@ -133,7 +133,6 @@ def test_a_caption_with_dollar_signs_is_drawn_as_it_is(scene):
     [
         ({"model": "m"}, "checkpoint: expected either checkpoint or model, got both"),
         ({"checkpoint": None}, "checkpoint: expected either checkpoint or model, got neither"),
-        ({"deletion": True}, "deletion: the curves are of words that name objects; expected instances"),
         ({"pictures": False}, "pictures: false leaves the grounding scores alone"),
         ({"scores": Path("nowhere.json")}, "nowhere.json: no such file or directory; expected scores of evaluate.py"),
         ({"instances": Path("captions.json")}, "instances: .*captions.json: 'categories' is missing"),
