@@ -93,12 +93,7 @@ def test_best_and_worst_by_score(scene):
 def test_grounding_of_given_captions(scene, llava_folder, which, capsys):
     source = {} if which == "ours" else {"checkpoint": None, "model": str(llava_folder)}
     folder = visualize(
-        scene,
-        annotations=scene / "captions.json",
-        instances=scene / "instances.json",
-        methods=list(METHODS),
-        deletion=True,
-        **source,
+        scene, annotations=scene / "captions.json", instances=scene / "instances.json", methods=list(METHODS), **source
     )
     content = json.loads((folder / "grounding.json").read_text())
     assert (content["photos"], content["objects"], content["objects_among_others"]) == (2, 3, 2)
