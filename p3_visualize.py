@@ -12,7 +12,7 @@ on what the words name, beside controls that show what chance gives.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,9 +27,10 @@ from common.files import check_apart, check_output, folder_problems, read_text, 
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.photos import LoadedPhoto, Photo, PhotoBatches
-from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named
+from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named, ground
 from metrics.object_words import phrases
-from models.attribution import METHODS, Unit, split_units
+from models.attention import EXTRAS
+from models.attribution import CHEAP, METHODS, Unit, split_units
 from models.checkpoint import load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 from models.interface import CaptionModel
@@ -55,6 +56,8 @@ class Config(CommonSettings):
     """What `model` is asked."""
     method: Literal[tuple(METHODS)] = "fuse"
     """Method of the PNGs, and the first one on the page; docs/grounding.md says what each is and how well it does."""
+    methods: list[Literal[tuple(METHODS)]] = field(default_factory=lambda: list(CHEAP))
+    """Methods of the page and of the scores; heads, rollout, gradcam and relevancy cost more than the others."""
     unit: Literal["word", "token"] = "word"
     """word joins sub-words; token shows them apart, the closing end token included."""
     scores: Path | None = None
@@ -170,13 +173,14 @@ def measure_random_weights(model: CaptionModel, grounded: Grounded, table: Groun
     model.randomize()
     for batch in PhotoBatches(list(grounded), cfg.batch_size, cfg.workers, "random weights"):
         captions = [[ids for ids, _ in grounded[loaded.photo]] for loaded in batch]
-        for loaded, records in zip(batch, model.attend(batch, captions)):
+        for loaded, records in zip(batch, model.attend(batch, captions, {cfg.method} & set(EXTRAS))):
             grid = model.patch_grid(*loaded.image.size)
             for record, (_, named) in zip(records, grounded[loaded.photo]):
                 units = split_units(record, model.tokenizer, cfg.unit)
                 for name in dict.fromkeys(("last_mean", cfg.method)):
                     maps = METHODS[name].maps(record, units, (grid.rows, grid.columns))
-                    table.add(f"random weights, {name}", loaded.stem, maps, named)
+                    found = ground(maps, named, [unit.text for unit in units])
+                    table.add(f"random weights, {name}", loaded.stem, found)
 
 
 # ------------------------------------------------------------------------------------------- the script
@@ -221,9 +225,11 @@ def main(cfg: Config) -> None:
     for older in ("index.html", "grounding.json"):
         (cfg.output / older).unlink(missing_ok=True)
 
+    names = [name for name in METHODS if name in {*cfg.methods, cfg.method}]
     drawn, grounded, table = [], {}, GroundingTable(cfg.seed)
     for batch in PhotoBatches(photos, cfg.batch_size, cfg.workers, "attention"):
-        for loaded, records in zip(batch, model.attend(batch, captions_of(model, batch, cfg))):
+        captions = captions_of(model, batch, cfg)
+        for loaded, records in zip(batch, model.attend(batch, captions, set(names) & set(EXTRAS))):
             grid, masks = model.patch_grid(*loaded.image.size), masks_of(loaded, instances) if instances else {}
             shape = (grid.rows, grid.columns)
             for number, record in enumerate(records):
@@ -231,12 +237,12 @@ def main(cfg: Config) -> None:
                 if not units:
                     tqdm.write(f"{loaded.stem}: an empty caption, nothing to draw", file=sys.stderr)
                     continue
-                maps = {name: method.maps(record, units, shape) for name, method in METHODS.items()}
+                maps = {name: METHODS[name].maps(record, units, shape) for name in names}
                 named = named_objects(units, masks, grid.box, shape)
                 if named:
-                    for name in METHODS:
-                        table.add(name, loaded.stem, maps[name], named)
-                    table.add_controls(loaded.stem, maps[cfg.method], named, shape)
+                    rows = maps | table.controls(maps[cfg.method], named, shape)
+                    for name, of_row in rows.items():
+                        table.add(name, loaded.stem, ground(of_row, named, [unit.text for unit in units]))
                     grounded.setdefault(loaded.photo, []).append((record.ids[:-1], named))
                 if cfg.pictures and number == 0:
                     objects = {one.name: (one.words, masks[one.name]) for one in named}

@@ -30,6 +30,8 @@ VISION = {"cpu": (512, 2048, 6, 8), "cuda": (1024, 4096, 24, 16)}
 TEXT = {"cpu": (512, 1376, 8, 8), "cuda": (4096, 11008, 32, 32)}
 OTHER = {"cpu": {"initializer_range": 0.1}, "cuda": {"vocab_size": 32064}}  # of the language model
 
+Seeds = dict[str, list[int]]  # one for each photo, by decoding
+
 
 def build(device: torch.device) -> VisionLanguageModel:
     tokenizer = train_llava_tokenizer(["red house by a blue tree", "green tree by a red house"])
@@ -42,7 +44,7 @@ def build(device: torch.device) -> VisionLanguageModel:
     return VisionLanguageModel(model, llava_processor(tokenizer, image_size=336, patch_size=14), PROMPT)
 
 
-def plain(vlm: VisionLanguageModel, photos: list[LoadedPhoto], seeds: dict[str, list[int]]) -> dict[str, list]:
+def plain(vlm: VisionLanguageModel, photos: list[LoadedPhoto], seeds: Seeds) -> dict[str, list]:
     model, processor, captions = vlm.model, vlm.processor, {}
     for name, decoding in PRESETS.items():
         captions[name] = []
@@ -54,15 +56,10 @@ def plain(vlm: VisionLanguageModel, photos: list[LoadedPhoto], seeds: dict[str, 
     return captions
 
 
-def ours(
-    vlm: VisionLanguageModel, photos: list[LoadedPhoto], seeds: dict[str, list[int]], batch: int
-) -> dict[str, list]:
-    captions = {name: [] for name in PRESETS}
-    for start in range(0, len(photos), batch):
-        rows = slice(start, start + batch)
-        found = vlm.generate(photos[rows], PRESETS, {name: seeds[name][rows] for name in PRESETS})
-        captions = {name: captions[name] + found[name] for name in PRESETS}
-    return captions
+def ours(vlm: VisionLanguageModel, photos: list[LoadedPhoto], seeds: Seeds, batch: int) -> dict[str, list]:
+    parts = [slice(start, start + batch) for start in range(0, len(photos), batch)]
+    found = [vlm.generate(photos[part], PRESETS, {name: seeds[name][part] for name in PRESETS}) for part in parts]
+    return {name: [ids for one in found for ids in one[name]] for name in PRESETS}
 
 
 @torch.inference_mode()

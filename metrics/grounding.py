@@ -6,6 +6,9 @@ pointing              the pointing game (Zhang et al. 2016): is the maximum of t
 energy                energy-based pointing (Wang et al. 2020, Score-CAM): the share of the map that is on the object.
 lift                  energy divided by the object's share of the area.
 auroc                 chance that a patch on the object has a higher value than a patch off it.
+obj_iou, f1_iou       as in TAM (Li et al. 2025): the overlap (intersection over union) of the object and the patches
+                      above the map's threshold by Otsu; and the harmonic mean of that and of the share of patches that
+                      the maps of the caption's function words leave below the mean of these thresholds.
 """
 
 import itertools
@@ -17,7 +20,9 @@ import numpy as np
 
 from metrics.statistics import Score, interval, paired, ratio
 
-METRICS = ("match_at_1", "pair_win", "pointing", "energy", "lift", "auroc")
+METRICS = tuple("match_at_1 pair_win pointing energy lift auroc obj_iou f1_iou".split())
+FUNCTION_WORDS = """a an the this that these those some any each every no all both another and or but nor he she it they
+him her them his its their who whom whose which what where when there will would can could may might must""".split()
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,43 @@ def auroc(values: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> flo
     return float((on * (below + off / 2)).sum() / max(on.sum() * off.sum(), 1e-12))
 
 
-def ground(maps: np.ndarray, named: Sequence[Named]) -> dict[str, tuple[float, float]]:
-    """(W, P) maps of a caption's words and the objects it names -> {metric: (sum over objects, number of them)}.
+def otsu(values: np.ndarray) -> float:
+    """The threshold that parts the values into two groups with the largest variance between them (Otsu 1979).
 
-    The map of an object is the mean of its words' maps.
+    >>> otsu(np.array([5.0, 0, 1, 6, 0.5]))
+    1.0
+    """
+    ordered, below = np.sort(values), np.arange(1, len(values))
+    lower = ordered.cumsum()[:-1] / below
+    upper = (ordered.sum() - ordered.cumsum()[:-1]) / below[::-1]
+    return float(ordered[np.argmax(below * below[::-1] * (upper - lower) ** 2)])
+
+
+def ground(maps: np.ndarray, named: Sequence[Named], words: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """(W, P) maps of a caption's W words and the objects it names -> {metric: (sum over objects, number of them)}.
+
+    The map of an object is the mean of its words' maps. f1_iou has the same again for the function words.
     """
     object_maps = np.stack([maps[list(one.words)].mean(axis=0) for one in named])
     covers = np.stack([one.cover for one in named])
-    return _compare_objects(object_maps, covers) | _score_each(object_maps, covers)
+    idle = [i for i, word in enumerate(words) if word.lower() in FUNCTION_WORDS]
+    found = _compare_objects(object_maps, covers) | _score_each(object_maps, covers)
+    return found | _overlap(object_maps.clip(min=0), covers, maps[idle])
+
+
+def _overlap(maps: np.ndarray, covers: np.ndarray, idle: np.ndarray) -> dict[str, tuple[float, ...]]:
+    """Obj-IoU and F1-IoU of (K, P) maps and masks of objects, and the maps of the function words."""
+    thresholds = np.array([otsu(values) for values in maps])
+    chosen = maps > thresholds[:, None]
+    overlap = float(((chosen * covers).sum(axis=1) / np.maximum(chosen, covers).sum(axis=1)).sum())
+    quiet = float((idle <= thresholds.mean()).mean(axis=1).sum())
+    return {"obj_iou": (overlap, len(maps)), "f1_iou": (overlap, len(maps), quiet, len(idle))}
+
+
+def harmonic(sums: np.ndarray) -> np.ndarray:
+    """(..., 4) sums and numbers of two scores -> the harmonic mean of the two means."""
+    first, second = ratio(sums[..., :2]), ratio(sums[..., 2:])
+    return 2 * first * second / (first + second)
 
 
 def _compare_objects(maps: np.ndarray, covers: np.ndarray) -> dict[str, tuple[float, float]]:
@@ -131,33 +165,34 @@ class GroundingTable:
         self.seed, self.rng = seed, np.random.default_rng(seed)
         self.parts: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # row -> metric -> photo -> (sum, count)
 
-    def add(self, row: str, photo: str, maps: np.ndarray, named: Sequence[Named]) -> None:
-        """Add one caption's maps (W, P) by one method."""
-        parts, found = self.parts.setdefault(row, {metric: {} for metric in METRICS}), ground(maps, named)
+    def add(self, row: str, photo: str, found: dict[str, tuple[float, ...]]) -> None:
+        """Add one caption's scores by one method, as `ground` gives them."""
+        parts = self.parts.setdefault(row, {metric: {} for metric in METRICS})
         for metric in METRICS:
-            parts[metric][photo] = parts[metric].get(photo, np.zeros(2)) + found.get(metric, (0, 0))
+            parts[metric][photo] = parts[metric].get(photo, 0) + np.array(found.get(metric, (0, 0)))
 
-    def add_controls(self, photo: str, maps: np.ndarray, named: Sequence[Named], grid: tuple[int, int]) -> None:
-        """Add maps that do not depend on the word or the photo, and as the upper limit the true masks."""
+    def controls(self, maps: np.ndarray, named: list[Named], grid: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Maps (W, P) that do not depend on the word or the photo, and as the upper limit the true masks.
+
+        `grid` is (rows, columns) of the patches.
+        """
         y, x = (np.linspace(-1, 1, size) for size in grid)
         centre = np.exp(-(y[:, None] ** 2 + x[None, :] ** 2)).reshape(-1)  # rises towards the middle of the grid
         truth = np.zeros_like(maps)
         for one in named:
             truth[list(one.words)] = one.cover
-        controls = {
+        return {
             "random maps": self.rng.random(maps.shape),
             "centre": np.tile(centre, (len(maps), 1)),
             "caption mean": np.tile(maps.mean(axis=0), (len(maps), 1)),
             "shuffled words": maps[self.rng.permutation(len(maps))],
             "ground truth on the grid": truth,
         }
-        for name, of_control in controls.items():
-            self.add(name, photo, of_control, named)
 
     def scores(self) -> dict[str, dict[str, Score]]:
         """Each row's metrics, as means over objects."""
         return {
-            row: {metric: _mean_over_objects(of_photos) for metric, of_photos in by_metric.items()}
+            row: {metric: _over_photos(of_photos) for metric, of_photos in by_metric.items()}
             for row, by_metric in self.parts.items()
         }
 
@@ -189,10 +224,12 @@ class GroundingTable:
         return {"score": score.corpus if score.photos else None, "interval": ends}
 
 
-def _mean_over_objects(parts: dict[str, np.ndarray]) -> Score:
-    """The metric's score from each photo's (sum, number of objects)."""
-    photos = {stem: float(total / count) for stem, (total, count) in parts.items() if count}
-    return Score(float(ratio(np.array(list(parts.values())).sum(axis=0))), photos, parts)
+def _over_photos(parts: dict[str, np.ndarray]) -> Score:
+    """The metric's score from each photo's sums and numbers of objects."""
+    sums = np.array(list(parts.values()))
+    of_sums = ratio if sums.shape[1] == 2 else harmonic
+    photos = {stem: float(value) for stem, value in zip(parts, of_sums(sums)) if not np.isnan(value)}
+    return Score(float(of_sums(sums.sum(axis=0))), photos, parts, of_sums)
 
 
 def _to_text(score: float | None, interval: tuple[float, float] | None) -> str:

@@ -1,6 +1,7 @@
 """From an attention record to one map for each word: the report's four methods, and methods that ground better.
 
 All methods work on an `AttentionRecord`; nothing here runs a model. W units (words or tokens), P patches.
+docs/grounding.md says what each method is, where it comes from and what it costs.
 """
 
 import re
@@ -9,10 +10,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
-from models.attention import AttentionRecord
+from models.attention import EXTRAS, AttentionRecord
 
 BAND = (0.4, 0.6)  # of the depth: in middle layers words attend to what they name
+HEADS = 3  # localization heads of a caption, as many as in the paper
 SINK = 20.0  # a patch whose median over words is so many times the median patch's takes attention whatever the word
 
 
@@ -25,8 +29,8 @@ class Unit:
     """Places of its tokens in the caption."""
     probability: float
     """Product of its tokens'."""
-    image_mass: float
-    """Share of attention, mean over heads, layers and tokens, that went to the photo's patches."""
+    shares: np.ndarray
+    """(L, 3) attention, mean over heads and tokens, to the photo, the caption so far and the first token, by layer."""
 
 
 def split_units(record: AttentionRecord, tokenizer, unit: str = "word") -> list[Unit]:
@@ -47,13 +51,12 @@ def split_units(record: AttentionRecord, tokenizer, unit: str = "word") -> list[
                 groups.append([])
             groups[-1].append(place)
             lone = not bare
-    mass = record.mean.sum(axis=2).mean(axis=0)  # (T)
     units = []
     for group in groups:
         text = tokenizer.decode([record.ids[place] for place in group]).strip()
         if text or unit == "token":
             probability = float(np.prod(record.probabilities[group]))
-            units.append(Unit(text, tuple(group), probability, float(mass[group].mean())))
+            units.append(Unit(text, tuple(group), probability, record.shares[:, group].mean(axis=1)))
     return units
 
 
@@ -72,7 +75,7 @@ def band(layers: int) -> slice:
     return slice(first, max(first + 1, int(np.ceil(BAND[1] * layers))))
 
 
-def _mid(record: AttentionRecord, units: Sequence[Unit]) -> np.ndarray:
+def _mid(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]) -> np.ndarray:
     return joined(record.mean[band(len(record.mean))], units).mean(axis=0)
 
 
@@ -94,12 +97,9 @@ def against_others(maps: np.ndarray) -> np.ndarray:
 
 
 def smoothed(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """(W, P) -> (W, P) under a 3 x 3 binomial filter on the grid of patches."""
-    padded = np.pad(maps.reshape(-1, *grid), ((0, 0), (1, 1), (1, 1)), mode="edge")
-    for axis in (1, 2):
-        parts = [np.take(padded, range(start, padded.shape[axis] - 2 + start), axis) for start in range(3)]
-        padded = (parts[0] + 2 * parts[1] + parts[2]) / 4
-    return padded.reshape(len(maps), -1)
+    """(W, P) -> (W, P) under a 3 x 3 binomial filter on the grid of patches: two means of 2 x 2."""
+    padded = torch.from_numpy(np.pad(maps.reshape(-1, *grid), ((0, 0), (1, 1), (1, 1)), mode="edge"))
+    return F.avg_pool2d(F.avg_pool2d(padded, 2, stride=1), 2, stride=1).reshape(maps.shape).numpy()
 
 
 def _demeaned(maps: np.ndarray) -> np.ndarray:
@@ -119,34 +119,71 @@ def _standardised(maps: np.ndarray) -> np.ndarray:
     return (maps - maps.mean(axis=1, keepdims=True)) / np.maximum(maps.std(axis=1, keepdims=True), 1e-12)
 
 
+def _fuse(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]) -> np.ndarray:
+    return _standardised(_rel(record, units, grid)) + _standardised(_lens(record, units, grid))
+
+
+def _tam(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]) -> np.ndarray:
+    """Token activation map (Li et al. 2025): a token's logits less the part that the caption before it explains.
+
+    That part is a mean of the earlier tokens' logits, weighted by how far each of them speaks for this token, and
+    scaled by least squares. The same token, said before, explains nothing. The paper's prompt counts here as nothing.
+    """
+    logits = record.lens.clip(min=0)
+    maps = logits.copy()
+    for t, token in enumerate(record.ids[1:], start=1):
+        weights = record.text[t, 1 : t + 1].clip(min=0) * (np.array(record.ids[:t]) != token)
+        explained = weights @ logits[:t]
+        scale = logits[t] @ explained / max(explained @ explained, 1e-12)
+        maps[t] = (logits[t] - scale * explained).clip(min=0)
+    return joined(smoothed(maps, grid), units)
+
+
+def _heads(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]) -> np.ndarray:
+    """Localization heads (Kang et al. 2025): of the heads that look at the photo, those whose maps are the sharpest.
+
+    A head looks at the photo if its share of attention there is above the mean head's. Its maps are sharp if their
+    entropy is low, on the mean of all words.
+    """
+    maps = joined(record.heads, units).reshape(-1, len(units), record.lens.shape[1])  # (L x H, W, P)
+    mass = maps.sum(axis=(1, 2))
+    looking = maps[mass >= mass.mean()]
+    share = looking / np.maximum(looking.sum(axis=2, keepdims=True), 1e-12)
+    entropy = -(share * np.log(np.maximum(share, 1e-12))).sum(axis=2)
+    best = np.argsort(entropy.mean(axis=1), kind="stable")[:HEADS]
+    return smoothed(looking[best].sum(axis=0), grid)
+
+
 class Method(NamedTuple):
     """A way to make maps of an attention record."""
 
+    kind: str
+    """What it is made of."""
     about: str
     """What it does, in a few words."""
     maps: Callable[[AttentionRecord, Sequence[Unit], tuple[int, int]], np.ndarray]
     """(record, units, grid) -> (W, P) maps; higher is more, and what is shown is their positive part."""
 
 
+def _of_tokens(rows: Callable[[AttentionRecord], np.ndarray]) -> Callable:
+    """The maps of a method that takes (T, P) rows from the record as they are."""
+    return lambda record, units, grid: joined(rows(record), units)
+
+
 METHODS = {
-    "last_mean": Method("last layer, mean over heads", lambda record, units, grid: joined(record.mean[-1], units)),
-    "last_max": Method("last layer, maximum over heads", lambda record, units, grid: joined(record.peak[-1], units)),
-    "penult_mean": Method(
-        "last layer but one, mean over heads", lambda record, units, grid: joined(record.mean[-2:][0], units)
-    ),
-    "penult_max": Method(
-        "last layer but one, maximum over heads", lambda record, units, grid: joined(record.peak[0], units)
-    ),
-    "mid": Method("middle layers, mean over heads", lambda record, units, grid: _mid(record, units)),
-    "demean": Method(
-        "middle layers, less the mean of all words", lambda record, units, grid: _demeaned(_mid(record, units))
-    ),
-    "rel": Method("all layers, compared with the caption's other words", _rel),
-    "lens": Method("the word's logit at each patch, less the mean of all words", _lens),
-    "fuse": Method(
-        "`rel` and `lens` together",
-        lambda record, units, grid: (
-            _standardised(_rel(record, units, grid)) + _standardised(_lens(record, units, grid))
-        ),
-    ),
+    "last_mean": Method("attention", "last layer, mean over heads", _of_tokens(lambda record: record.mean[-1])),
+    "last_max": Method("attention", "last layer, maximum over heads", _of_tokens(lambda record: record.peak[-1])),
+    "penult_mean": Method("attention", "last layer but one, mean over heads", _of_tokens(lambda it: it.mean[-2:][0])),
+    "penult_max": Method("attention", "last layer but one, maximum over heads", _of_tokens(lambda it: it.peak[0])),
+    "mid": Method("attention", "middle layers, mean over heads", _mid),
+    "demean": Method("attention", "middle layers, less the mean of all words", lambda *its: _demeaned(_mid(*its))),
+    "rel": Method("attention", "all layers, compared with the caption's other words", _rel),
+    "heads": Method("attention", "the three heads with the sharpest maps", _heads),
+    "rollout": Method("attention", "attention times attention, all layers", _of_tokens(lambda record: record.rollout)),
+    "gradcam": Method("gradient", "last layer's input x gradient", _of_tokens(lambda record: record.gradcam)),
+    "relevancy": Method("gradient", "attention x gradient, all layers", _of_tokens(lambda record: record.relevancy)),
+    "lens": Method("logit", "the word's logit at each patch, less the mean of all words", _lens),
+    "tam": Method("logit", "the word's logit at each patch, less what the words before explain", _tam),
+    "fuse": Method("attention and logit", "rel and lens together", _fuse),
 }
+CHEAP = tuple(name for name in METHODS if name not in EXTRAS)

@@ -3,7 +3,7 @@
 The decoder reads `image embeddings + EOS + caption` and learns `caption + EOS`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,9 +115,9 @@ class Captioner(nn.Module):
         drawn = generate_all(lm, caches, ids, mask, with_candidates(decodings, seeds), eos, eos, ids.shape[1])
         return choose_candidates(drawn, decodings, self.text, self.frequencies)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def attend(
-        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[TokenIds]]
+        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[TokenIds]], extra: Collection[str] = ()
     ) -> list[list[AttentionRecord]]:
         """What each token of each of a photo's captions attended to, the closing EOS last; one pass for all of them."""
         lm, eos = causal_lm(self.decoder), self.tokenizer.eos_token_id
@@ -126,7 +126,7 @@ class Captioner(nn.Module):
         columns = torch.arange(tokens - patches, tokens, device=prefix.device).expand(len(prefix), -1)  # no class token
         batch = pack_rows(captions, eos).to(prefix.device)
         rows = torch.arange(batch.labels.shape[1], device=prefix.device).expand(len(prefix), -1) + tokens
-        with record_attention(lm, rows, columns) as recorder:
+        with record_attention(lm.base_model, rows, columns, extra=extra) as recorder:
             hidden = packed_hidden(lm.base_model, prefix, batch)
         closed = [[[*caption, eos] for caption in own] for own in captions]
         head = lm.get_output_embeddings()

@@ -1,6 +1,6 @@
 """What the scripts ask of a model that writes captions and can be looked into: ours, and transformers' VLMs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from data.photos import LoadedPhoto
@@ -23,9 +23,12 @@ class CaptionModel(Protocol):
         """
 
     def attend(
-        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[TokenIds]]
+        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[TokenIds]], extra: Collection[str] = ()
     ) -> list[list[AttentionRecord]]:
-        """What each token of each of a photo's captions attended to, in one pass over the captions as given."""
+        """What each token of each of a photo's captions attended to, in one pass over the captions as given.
+
+        `extra` has names of `models.attention.EXTRAS`: what costs more than that, and is made only when asked for.
+        """
 
     def patch_grid(self, width: int, height: int) -> PatchGrid:
         """Where the image tokens lie on a photo of `width` x `height` pixels; UserError where that is not known."""

@@ -6,7 +6,7 @@ docs/grounding.md lists the families of models.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from common.config import UserError
@@ -35,6 +36,8 @@ PLACED = (  # several decodings from one prefill, and heatmaps
 )  # fmt: skip
 COMPARED = (*PLACED, "blip-2", "gemma4", "instructblip", "lfm2_vl", "qwen3_5")
 OWN_PROMPT = ("blip-2", "instructblip", "paligemma")  # without a chat template; the processor adds the image's place
+
+ONE_PASS = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1}  # `generate` as a pass that prepares its inputs
 
 Quantize = Literal["none", "4bit", "8bit"]
 Fit = Literal["processor", "pad"]
@@ -90,7 +93,7 @@ class VisionLanguageModel(nn.Module):
         """
         cache, seen = DynamicCache(), []
         with self.model.get_decoder().register_forward_hook(lambda *call: seen.extend(call[2:]), with_kwargs=True):
-            self.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, **{CACHE: cache})
+            self.model.generate(**inputs, **ONE_PASS, **{CACHE: cache})
         cache.crop(-1)
         kwargs, output = seen
         return cache, output.last_hidden_state[:, :-1], kwargs["position_ids"][..., :-1]
@@ -113,34 +116,53 @@ class VisionLanguageModel(nn.Module):
             drawn = {name: generate_plainly(self.model, inputs, *draw, *ends) for name, draw in draws.items()}
         return choose_candidates(drawn, decodings, self.text)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def attend(
-        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]]
+        self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]], extra: Collection[str] = ()
     ) -> list[list[AttentionRecord]]:
         """What each token of each of a photo's captions attended to, the closing EOS last."""
-        inputs, decoder = self.inputs(photos), self.model.get_decoder()
-        cache, states, positions = self._prefill(inputs)
-        prompt, device = inputs["input_ids"], states.device
-        places = [(row == self.model.config.image_token_id).nonzero()[:, 0] for row in prompt]
-        columns = nn.utils.rnn.pad_sequence(places, batch_first=True)  # (B, P) of the photo with the most image tokens
-        patches = states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
-        owner = torch.tensor([b for b, own in enumerate(captions) for _ in own], device=device)
-        cache.batch_select_indices(owner)  # each caption goes on from its own photo's prompt
         flat = [list(caption) for own in captions for caption in own]
-        rows = [torch.tensor([prompt[0, -1], *caption], device=device) for caption in flat]  # all prompts end alike
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
-        real = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        steps = torch.arange(ids.shape[1], device=device).expand(len(flat), -1)
-        with record_attention(decoder, steps, columns[owner]) as recorder:
-            states = decoder(
-                input_ids=ids, attention_mask=torch.cat([inputs["attention_mask"][owner, :-1], real], dim=1),
-                position_ids=positions[..., owner, -1:] + 1 + steps, use_cache=True, **{CACHE: cache},
-            ).last_hidden_state  # fmt: skip
+        owner = [b for b, own in enumerate(captions) for _ in own]  # each caption goes on from its own photo's prompt
+        if extra:  # one pass over photo, prompt and caption
+            photos, owner = [photos[b] for b in owner], range(len(flat))
+        inputs, decoder = self.inputs(photos), self.model.get_decoder()
+        owner = torch.tensor(owner, device=self.model.device)
+        prompt, shares = inputs["input_ids"], [grid_of(self.patch_boxes(*photo.image.size))[1] for photo in photos]
+        places = [(row == self.model.config.image_token_id).nonzero()[:, 0] for row in prompt]
+        columns = nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)  # (B, P) of the most tokens
+        columns = columns.where(columns >= 0, columns[:, :1])
+        rows = [torch.tensor([prompt[0, -1], *caption]) for caption in flat]  # all prompts end alike
+        # what fills up shorter captions lies behind them, where they do not see it
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(prompt[0, -1])).to(prompt.device)
+        steps = torch.arange(ids.shape[1], device=ids.device).expand(len(flat), -1)
+        if extra:
+            rows = steps + prompt.shape[1] - 1
+            with record_attention(decoder, rows, columns, extra) as recorder:
+                self.model.generate(**self._with_captions(inputs, ids[:, 1:]), **ONE_PASS)
+            states = recorder.out.last_hidden_state
+        else:
+            cache, states, positions = self._prefill(inputs)
+            cache.batch_select_indices(owner)
+            mask = F.pad(inputs["attention_mask"][owner, :-1], (0, ids.shape[1]), value=1)
+            places = positions[..., owner, -1:] + 1 + steps
+            with record_attention(decoder, steps, columns[owner]) as recorder:
+                decoder(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **{CACHE: cache})
+        patches = states[owner[:, None], columns[owner]]
         closed = [[[*caption, self.tokenizer.eos_token_id]] for caption in flat]
-        head = self.model.get_output_embeddings()
-        records = iter(read_records(recorder, states, patches[owner], head, closed))
-        shares = [grid_of(self.patch_boxes(*photo.image.size))[1] for photo in photos]
-        return [[on_grid(next(records)[0], share) for _ in own] for own, share in zip(captions, shares)]
+        states, head = recorder.out.last_hidden_state[:, -ids.shape[1] :], self.model.get_output_embeddings()
+        found = read_records(recorder, states, patches, head, closed)
+        records = (on_grid(record, shares[b]) for b, (record,) in zip(owner, found))
+        return [[next(records) for _ in own] for own in captions]
+
+    def _with_captions(self, inputs: dict[str, Tensor], captions: Tensor) -> dict[str, Tensor]:
+        """Inputs of B prompts, and captions (B, T) behind them."""
+        prompt, image = inputs["input_ids"].shape, self.model.config.image_token_id
+        kinds = torch.full_like(captions, self.family == "paligemma")  # there all of kind 0, the prompt, see each other
+        more = {"input_ids": captions.where(captions != image, self.pad), "attention_mask": torch.ones_like(captions)}
+        for name, value in inputs.items():  # ids, mask and token types, but no pixels
+            if value.shape == prompt:
+                inputs[name] = torch.cat([value, more.get(name, kinds)], dim=1)
+        return inputs
 
     def _patch_boxes(self, width: int, height: int) -> np.ndarray:
         """(N, 4) boxes of the image tokens of a photo of `width` x `height` pixels; see `measure_boxes`.

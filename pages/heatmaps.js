@@ -1,7 +1,11 @@
+const parts = ["photo", "caption so far", "first token"];  // what `shares` are of; other is the prompt, or a class token
 const bytes = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
 const label = (text, control) => make("label", {}, text, control);
 
-const method = make("select", {id: "method"}, ...Object.keys(data.about).map(name => make("option", {value: name}, name)));
+const kinds = {};  // of the methods, in the order of the methods
+for (const [name, [kind]] of Object.entries(data.methods)) (kinds[kind] ??= []).push(make("option", {value: name}, name));
+const method = make("select", {id: "method"},
+  ...Object.entries(kinds).map(([kind, options]) => make("optgroup", {label: kind}, ...options)));
 method.value = data.method;
 const opacity = make("input", {id: "opacity", type: "range", min: 0, max: 100, value: 75});
 const scale = make("select", {id: "scale"},
@@ -24,6 +28,9 @@ function paint(card) {
     outline.hidden = !truth.checked || (word !== null && !photo.objects[i].words.includes(word));
   });
   card.buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === word));
+  const every = photo.words.map(word => word.shares);
+  const mean = every[0].map((parts, l) => parts.map((_, i) => every.reduce((sum, one) => sum + one[l][i], 0) / every.length));
+  card.layers.replaceChildren(...(word === null ? bars(mean, "all words") : bars(every[word], photo.words[word].text)));
   if (word === null) {
     card.figures.textContent = "";
     return;
@@ -38,23 +45,49 @@ function paint(card) {
     picture.data.set([...data.colours[level], Math.round(2.55 * opacity.value * cover)], 4 * i);
   });
   context.putImageData(picture, 0, 0);
-  const {text, probability, mass} = photo.words[word];
+  const {text, probability, shares} = photo.words[word];
+  const mass = shares.reduce((sum, layer) => sum + layer[0], 0) / shares.length;
   const named = photo.objects.filter(object => object.words.includes(word)).map(object => `, names ${object.name}`);
   card.figures.textContent =
-    `${text}: probability ${probability.toFixed(2)}, ${Math.round(100 * mass)}% of attention on the photo${named.join("")}`;
+    `${text}: probability ${probability.toFixed(2)}, ${Math.round(mass)}% of attention on the photo${named.join("")}`;
+}
+
+// where attention went: a bar for each layer, from the first on the left to the last on the right
+function bars(shares, name) {
+  const svg = (tag, attributes) => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    return element;
+  };
+  const last = shares.length - 1;
+  const told = parts.map((part, i) =>
+    `${part} ${Math.round(shares[0][i])}% in the first layer, ${Math.round(shares[last][i])}% in the last`);
+  const chart = svg("svg", {viewBox: `0 0 ${shares.length} 100`, preserveAspectRatio: "none", role: "img",
+    "aria-label": `attention of ${name} by layer: ${told.join("; ")}`});
+  shares.forEach((layer, x) => {
+    let y = 100;
+    layer.forEach((share, i) => {
+      const height = Math.min(share, y);  // rounded shares may be more than 100 in all
+      y -= height;
+      chart.append(svg("rect", {class: `share${i}`, x: x + .06, y, width: .88, height}));
+    });
+  });
+  const ends = ["layer 1", name, `layer ${shares.length}`].map(text => make("span", {}, text));
+  return [chart, make("div", {class: "axis"}, ...ends)];
 }
 
 function card(photo) {
   const [rows, columns] = photo.grid;
-  const [left, top, width, height] = photo.box;
+  const [left, top, right, bottom] = photo.box.map((edge, i) => 100 * edge / photo.size[i % 2]);  // in percent
   const canvas = make("canvas", {width: columns, height: rows, "aria-hidden": "true"});
   const outlines = photo.objects.map(object => make("img", {class: "outline", src: object.outline, alt: "", hidden: ""}));
   const frame = make("div", {class: "frame"},
     make("img", {src: photo.photo, alt: photo.caption, width: photo.size[0], height: photo.size[1], decoding: "async"}),
-    make("div", {class: "seen", style: `left:${left}%;top:${top}%;width:${width}%;height:${height}%`}, canvas),
+    make("div", {class: "seen", style: `left:${left}%;top:${top}%;width:${right - left}%;height:${bottom - top}%`}, canvas),
     ...outlines);
   const figures = make("p", {class: "figures", "aria-live": "polite"});
-  const one = {photo, canvas, outlines, figures, word: null, held: null, buttons: []};
+  const layers = make("div", {class: "layers"});
+  const one = {photo, canvas, outlines, figures, layers, word: null, held: null, buttons: []};
   const show = word => { one.word = word; paint(one); };
   one.buttons = photo.words.map((word, i) => {
     const names = photo.objects.some(object => object.words.includes(i));
@@ -81,13 +114,13 @@ function card(photo) {
     one.buttons[next].focus();
   });
   one.element = make("article", {}, make("h2", {}, photo.stem, ...(photo.note ? [" ", make("strong", {}, photo.note)] : [])),
-    frame, words, figures);
+    frame, words, figures, layers);
   return one;
 }
 
 const cards = data.photos.map(card);
 function refresh() {
-  about.textContent = data.about[method.value];
+  about.textContent = data.methods[method.value][1];
   cards.forEach(paint);
 }
 for (const control of [method, scale, truth]) control.addEventListener("change", refresh);
@@ -99,5 +132,8 @@ document.querySelector("main").append(
     + "it wrote it. What is greyed the model never saw."),
   make("div", {class: "tools"}, label("method", method), label("scale", scale), label("opacity", opacity),
     ...(objects ? [label("objects", truth)] : []), make("span", {class: "scale"}, "little", bar, "much"), about),
+  make("p", {class: "legend"}, "Where attention went, layer by layer, is below each caption: ",
+    ...parts.map((part, i) => make("span", {class: "key"}, make("i", {class: `share${i}`}), part)),
+    make("span", {class: "key"}, make("i", {class: "rest"}), "other")),
   make("div", {id: "photos"}, ...cards.map(one => one.element)));
 refresh();

@@ -108,26 +108,27 @@ def write_heatmap_page(entries: list[dict[str, Any]], method: str, title: str, f
     from matplotlib import colormaps
 
     colours = (255 * colormaps[COLOURS](np.linspace(0, 1, 256))[:, :3]).round().astype(int).tolist()
-    about = {name: METHODS[name].about for name in entries[0]["maps"]}
-    write_page(file, "heatmaps", title, {"method": method, "about": about, "colours": colours, "photos": entries})
+    methods = {name: (METHODS[name].kind, METHODS[name].about) for name in entries[0]["maps"]}
+    write_page(file, "heatmaps", title, {"method": method, "methods": methods, "colours": colours, "photos": entries})
 
 
 def page_entry(photo: Drawn) -> dict[str, Any]:
-    """What the page holds of a photo, all of it small; `box` is in percent of the photo's size."""
-    width, height = photo.image.size
-    left, top, right, bottom = photo.grid.box
-    box = 100 * left / width, 100 * top / height, 100 * (right - left) / width, 100 * (bottom - top) / height
+    """What the page holds of a photo, all of it small; `size` and `box` are in the photo's own pixels."""
     small = _small(photo.image)
     return {
         "stem": photo.stem,
         "note": photo.note,
         "caption": photo.caption,
         "photo": data_uri(small, quality=80),
-        "size": small.size,
-        "box": [round(value, 4) for value in box],
+        "size": photo.image.size,
+        "box": photo.grid.box,
         "grid": [photo.grid.rows, photo.grid.columns],
         "words": [
-            {"text": unit.text or "(end)", "probability": round(unit.probability, 4), "mass": round(unit.image_mass, 4)}
+            {
+                "text": unit.text or "(end)",
+                "probability": round(unit.probability, 4),
+                "shares": (100 * unit.shares).round().astype(int).tolist(),
+            }
             for unit in photo.units
         ],
         "maps": {method: _bytes(shown(maps)) for method, maps in photo.maps.items()},

@@ -8,16 +8,23 @@ import torch
 from PIL import Image
 
 from common.config import UserError
-from metrics.grounding import GroundingTable, Named, auroc, cover_on_grid, find_named, ground
+from metrics.grounding import METRICS, GroundingTable, Named, auroc, cover_on_grid, find_named, ground
 from metrics.statistics import interval
-from models.attention import AttentionRecord, record_attention
-from models.attribution import METHODS, against_others, joined, smoothed, split_units
+from models.attention import EXTRAS, AttentionRecord, record_attention
+from models.attribution import METHODS, Unit, against_others, joined, smoothed, split_units
 from models.decoder import causal_lm
 from models.decoding import Decoding
 from models.vlm import PROMPT, load_vlm
 
 IDS = [[5, 9, 13, 7, 11], [14], [8, 8, 12]]
 CPU = torch.device("cpu")
+
+
+def made_up(ids: list[int], mean: np.ndarray, lens: np.ndarray | None = None, **extra: np.ndarray) -> AttentionRecord:
+    """A record of given attention (L, T, P) and logits (T, P)."""
+    lens = mean[0] if lens is None else lens
+    shares, text = np.ones((len(mean), len(ids), 3)), np.ones((len(ids),) * 2)
+    return AttentionRecord(ids, np.ones(len(ids)), mean, mean[-2:], shares, lens, text, **extra)
 
 
 @pytest.fixture(params=["ours", "vlm"])
@@ -57,6 +64,11 @@ def test_records_of_our_captioner_are_what_eager_attention_sees(seen):
         assert attention.shape[2:] == (len(ids) + 1, patches) and record.ids == [*ids, eos]
         np.testing.assert_allclose(record.mean, attention.mean(dim=1), atol=1e-5)
         np.testing.assert_allclose(record.peak, attention[-2:].amax(dim=1), atol=1e-5)
+        every = torch.stack(out.attentions)[:, 0, :, image.shape[1] :].mean(dim=1)  # (L, T, K)
+        shares = [every[..., first : first + patches], every[..., image.shape[1] :], every[..., :1]]
+        np.testing.assert_allclose(record.shares, torch.stack([one.sum(dim=2) for one in shares], dim=2), atol=1e-5)
+        text = lm.get_output_embeddings()(out.hidden_states[-1])[0, image.shape[1] :][:, record.ids].T
+        np.testing.assert_allclose(record.text, text, atol=1e-4)
         chances = out.logits[0, image.shape[1] :].softmax(dim=-1)[range(len(record.ids)), record.ids]
         np.testing.assert_allclose(record.probabilities, chances, atol=1e-5)
         lens = lm.get_output_embeddings()(out.hidden_states[-1])[0, first : first + patches][:, record.ids].T
@@ -125,6 +137,11 @@ def test_left_padding_and_no_mass_on_the_future():
         torch.testing.assert_close(own.sum(dim=2), torch.ones(2, 2))
         assert own[every[:, None, :].expand_as(own) > rows[:, :, None]].abs().max() == 0
         assert own[1, :, :4].abs().max() == 0  # nor on padding
+    with record_attention(lm, rows, every[:, 6:]) as recorder:
+        lm(input_ids=ids, attention_mask=mask, position_ids=positions)
+    for layer, shares in zip(out.attentions, recorder.shares):
+        expected = layer.mean(dim=1)[torch.arange(2)[:, None], rows]
+        torch.testing.assert_close(shares[..., 2], torch.stack([expected[0, :, 0], expected[1, :, 4]]))  # first token
 
 
 def test_attention_that_passes_by_is_an_error_and_the_model_is_left_as_it_was(make_captioner, monkeypatch):
@@ -169,18 +186,113 @@ def test_random_weights_have_learnt_nothing(model, as_photos):
     assert np.isfinite(after.mean).all() and np.abs(after.lens - before.lens).max() > 0.01
 
 
+def by_hand(lm, embeddings, rows, columns, ids) -> dict[str, np.ndarray]:
+    """The methods of EXTRAS, each by its paper's formula and plain autograd over eager attention, a token a pass."""
+    lm.set_attn_implementation("eager")
+    layer_inputs = []
+    layers = lm.base_model.h if hasattr(lm.base_model, "h") else lm.base_model.layers
+    keep = layers[-1].register_forward_pre_hook(lambda _, args: layer_inputs.append(args[0]))
+    found = {name: [] for name in EXTRAS}
+    for row, token in zip(rows, ids):
+        with torch.enable_grad():
+            out = lm(inputs_embeds=embeddings.detach().requires_grad_(), output_attentions=True)
+            logit = out.logits[0, row, token]
+            *grads, of_input = torch.autograd.grad(logit, [*out.attentions, layer_inputs[-1]])
+        eye = np.eye(embeddings.shape[1])
+        rollout, relevancy = eye, eye
+        for attention, grad in zip(out.attentions, grads):
+            attention, grad = attention[0].detach().double().numpy(), grad[0].double().numpy()
+            rollout = (attention.mean(axis=0) + eye) @ rollout
+            relevancy = relevancy + np.maximum(attention * grad, 0).mean(axis=0) @ relevancy
+        found["heads"].append(torch.stack(out.attentions)[:, 0, :, row, columns].detach())
+        found["rollout"].append(rollout[row, columns])
+        found["relevancy"].append(relevancy[row, columns])
+        states, weights = layer_inputs[-1][0, columns].detach(), of_input[0, columns].mean(dim=0)
+        found["gradcam"].append(states @ weights)
+    keep.remove()
+    lm.set_attn_implementation("sdpa")
+    return {name: np.stack(maps, axis=-2) for name, maps in found.items()}
+
+
+def agree(records: list[AttentionRecord], expected: list[dict[str, np.ndarray]]) -> None:
+    for record, by_name in zip(records, expected):
+        for name in EXTRAS:
+            np.testing.assert_allclose(getattr(record, name), by_name[name], rtol=1e-4, atol=1e-6)
+            assert by_name[name].std(axis=-1).min() > 0, name
+
+
+def test_what_costs_more_is_what_its_papers_compute(seen):
+    """For captions packed behind one prefix, and for three photos at a time."""
+    captioner, features, _ = seen
+    lm, eos = causal_lm(captioner.decoder), captioner.tokenizer.eos_token_id
+    with torch.no_grad():
+        image = captioner.prefix(features)
+        columns = np.arange(image.shape[1] - captioner.encoder.tokens + 1, image.shape[1])
+        expected = []
+        for one, ids in ((0, IDS[0]), (0, IDS[2]), (1, IDS[1])):
+            words = lm.get_input_embeddings()(torch.tensor([[eos, *ids]]))
+            rows = range(image.shape[1], image.shape[1] + len(ids) + 1)
+            whole = torch.cat([image[one : one + 1], words], dim=1)
+            expected.append(by_hand(lm, whole, rows, columns, [*ids, eos]))
+    first, second = captioner.attend([0, 1], [[IDS[0], IDS[2]], [IDS[1]]], EXTRAS)
+    agree([*first, *second], expected)
+    for extra in ((), ("gradcam",), ("rollout", "heads")):  # what was not asked for is not made
+        ((record,),) = captioner.attend([0], [[IDS[1]]], extra)
+        assert {name for name in EXTRAS if getattr(record, name) is not None} == set(extra)
+
+
+def test_what_costs_more_of_llava(llava_folder, as_photos):
+    llava = load_vlm(str(llava_folder), PROMPT, CPU, torch.float32)
+    photos = as_photos([Image.effect_noise((480, 400), 80).convert("RGB") for _ in range(2)])
+    first, second = llava.attend(photos, [[IDS[0], IDS[1]], [IDS[2]]], EXTRAS)
+    expected, lm = [], torch.nn.Module()
+    for photo, ids in ((0, IDS[0]), (0, IDS[1]), (1, IDS[2])):
+        inputs = llava.inputs([photos[photo]])
+        length, columns = inputs["input_ids"].shape[1], (inputs["input_ids"][0] == llava.model.config.image_token_id)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        kept = {}
+        hook = lambda _, __, call: kept.update(call)  # noqa: B023, E731
+        with torch.no_grad():
+            keep = llava.model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+            llava.model(**inputs)
+            keep.remove()
+        lm = Headed(llava.model.model.language_model, llava.model.get_output_embeddings())
+        rows = range(length - 1, length + len(ids))
+        closed = [*ids, llava.tokenizer.eos_token_id]
+        expected.append(by_hand(lm, kept["inputs_embeds"], rows, columns.nonzero()[:, 0].numpy(), closed))
+    agree([*first, *second], expected)
+    ((cheap,), _) = llava.attend(photos, [[IDS[0]], [IDS[2]]])
+    for name in ("mean", "peak", "shares", "lens", "text"):  # the pass without a cache sees the same
+        np.testing.assert_allclose(getattr(first[0], name), getattr(cheap, name), atol=1e-4)
+
+
+class Headed(torch.nn.Module):
+    """A language model and its head, called as one."""
+
+    def __init__(self, base_model, head):
+        super().__init__()
+        self.base_model, self.head = base_model, head
+        self.set_attn_implementation = base_model.set_attn_implementation
+
+    def forward(self, **call):
+        out = self.base_model(**call)
+        out["logits"] = self.head(out.last_hidden_state)
+        return out
+
+
 # ------------------------------------------------------------------------------------------- words and maps
 
 
 def test_words_are_joined_and_tokens_are_not(model, as_photos):
     text = "a red unheard-of box, a box . it's"
     ids = model.ids(text)
-    ((record,),) = model.attend(as_photos([Image.new("RGB", (64, 64))]), [[ids]])
+    ((record,),) = model.attend(as_photos([Image.effect_noise((64, 64), 80).convert("RGB")]), [[ids]], EXTRAS)
     words = split_units(record, model.tokenizer)
     assert [word.text for word in words] == ["a", "red", "unheard", "-of", "box", ",", "a", "box", ".", "it's"]
     assert sorted(place for word in words for place in word.tokens) == list(range(len(ids)))
     assert words[2].probability == pytest.approx(np.prod(record.probabilities[list(words[2].tokens)]))
-    assert all(0 < word.image_mass <= 1 for word in words)
+    assert all(word.shares.shape == (2, 3) and 0 < word.shares[:, 0].mean() <= 1 for word in words)
     tokens = split_units(record, model.tokenizer, "token")
     assert len(tokens) == len(ids) + 1 and tokens[-1].tokens == (len(ids),)  # the closing end token is drawn
     grid = (int(record.mean.shape[2] ** 0.5),) * 2
@@ -197,9 +309,7 @@ def test_words_are_joined_and_tokens_are_not(model, as_photos):
 def test_an_id_that_the_tokenizer_does_not_have_is_a_word_without_text(model, as_photos):
     """Models often have more ids than their tokenizers, as room for more."""
     ids = [*model.ids("a red box"), len(model.tokenizer) + 1]
-    record = AttentionRecord(
-        ids, np.ones(len(ids)), np.ones((2, len(ids), 4)), np.ones((2, len(ids), 4)), np.ones((1, 4))
-    )
+    record = made_up(ids, np.ones((2, len(ids), 4)))
     assert [unit.text for unit in split_units(record, model.tokenizer)] == ["a", "red", "box"]
 
 
@@ -222,15 +332,45 @@ def test_fuse_gives_attention_and_logits_the_same_weight(model):
     rng = np.random.default_rng(0)
     ids, layers, patches = model.ids("a red box and a blue ring"), 3, 16
     mean = rng.random((layers, len(ids), patches)).astype(np.float32)
-    record = AttentionRecord(ids, np.ones(len(ids)), mean, mean[-2:], 1000 * mean[0, :, ::-1])
+    record = made_up(ids, mean, 1000 * mean[0, :, ::-1])
     units, grid = split_units(record, model.tokenizer), (4, 4)
     rel, lens, fuse = (METHODS[name].maps(record, units, grid) for name in ("rel", "lens", "fuse"))
     assert np.allclose(fuse.mean(axis=1), 0, atol=1e-5)
     for word in range(len(units)):
         with_rel, with_lens = (np.corrcoef(fuse[word], maps[word])[0, 1] for maps in (rel, lens))
         assert with_rel == pytest.approx(with_lens, abs=1e-4)  # though the logits are a thousand times larger
-    flat = AttentionRecord(ids, np.ones(len(ids)), np.ones_like(mean), mean[-2:], np.ones_like(mean[0]))
+    flat = made_up(ids, np.ones_like(mean), np.ones_like(mean[0]))
     assert np.isfinite(METHODS["fuse"].maps(flat, units, grid)).all()
+
+
+def test_tam_takes_away_what_earlier_words_explain():
+    """Planted: the second token's logits are those of the first and a patch of its own; the third repeats the first."""
+    first, second, patches = 5, 6, 16
+    logits = np.zeros((4, patches))
+    logits[0, :8] = logits[2, :8] = 4
+    logits[1] = 3 * logits[0]
+    logits[1, 8:] = 5
+    logits[3] = -1  # what speaks against a token is no activation
+    record = made_up([first, second, first, 0], np.ones((1, 4, patches)), logits)
+    record = dataclasses.replace(record, text=np.array([[9, 9, 9, 9], [0, 2, 0, 0], [0, 7, 1, 0], [0, 1, 1, 1.0]]))
+    units = [Unit("", (place,), 1, None) for place in range(4)]
+    one, two, three, end = METHODS["tam"].maps(record, units, (4, 4))
+    assert one.reshape(4, 4)[0].tolist() == [4] * 4 and two[:4].max() == 0 and two[15] == pytest.approx(5)
+    # the third is explained by the second alone, whose 12 on the upper half fit its own 4 by least squares
+    scale = (8 * 4 * 12) / (8 * 12**2 + 8 * 5**2)
+    assert three[0] == pytest.approx(4 - 12 * scale) and three[15] == 0 and end.max() == 0
+
+
+def test_heads_are_those_that_look_at_the_photo_and_at_one_place():
+    heads = np.full((2, 4, 2, 64), 1e-4)  # two layers of four heads, two words
+    scattered = np.random.default_rng(0).permutation(64)[:12]
+    heads[0, :2, :, scattered] = 0.05  # they look at the photo, here and there
+    for place, (layer, head) in enumerate([(0, 3), (1, 0), (1, 2)]):  # they look at one place for each word
+        heads[layer, head, 0, 9 + place], heads[layer, head, 1, 53 + place] = 0.5, 0.5
+    heads[1, 3, :, 30] = 0.01  # sharp, but hardly looks at the photo
+    record = made_up([5, 6], np.ones((2, 2, 64)), heads=heads)
+    maps = METHODS["heads"].maps(record, [Unit("", (0,), 1, None), Unit("", (1,), 1, None)], (8, 8))
+    assert maps.argmax(axis=1).tolist() == [10, 54] and maps[:, 30].max() < 0.01
 
 
 # ------------------------------------------------------------------------------------------- grounding
@@ -265,10 +405,11 @@ def test_maps_that_know_nothing_score_at_chance_and_the_truth_scores_one():
             cover[2 * (box // 4) : 2 * (box // 4) + 2, 2 * (box % 4) : 2 * (box % 4) + 2] = 1
             covers.append(cover.reshape(-1))
         named = [Named("one", (1,), covers[0]), Named("two", (3, 4), covers[1])]
-        table.add_controls(str(photo), rng.random((6, 64)), named, grid)
+        for row, maps in table.controls(rng.random((6, 64)), named, grid).items():
+            table.add(row, str(photo), ground(maps, named, ["a", "dog", "the", "red", "dog", "."]))
     scores = table.scores()
     truth = scores["ground truth on the grid"]
-    assert [truth[metric].corpus for metric in ("match_at_1", "pair_win", "pointing", "energy", "auroc")] == [1.0] * 5
+    assert {truth[metric].corpus for metric in METRICS if metric != "lift"} == {1.0}
     assert truth["lift"].corpus == pytest.approx(16)
     for row in ("random maps", "centre", "caption mean", "shuffled words"):
         for metric in ("match_at_1", "pair_win"):
@@ -290,8 +431,22 @@ def test_shared_patches_count_for_neither():
     one, two = np.array([1.0, 1, 0, 0]), np.array([0.0, 1, 1, 0])
     named = [Named("one", (0,), one), Named("two", (1,), two)]
     maps = np.array([[0.5, 0.9, 0.1, 0.0], [0.1, 0.9, 0.5, 0.0]])  # both look most at what they share
-    assert ground(maps, named)["match_at_1"] == (2.0, 2)
-    assert ground(maps[::-1].copy(), named)["match_at_1"] == (0.0, 2)
+    assert ground(maps, named, ["one", "two"])["match_at_1"] == (2.0, 2)
+    assert ground(maps[::-1].copy(), named, ["one", "two"])["match_at_1"] == (0.0, 2)
+
+
+def test_overlap_at_otsus_threshold_and_function_words_that_are_quiet():
+    """By hand: the threshold is 1; of two patches above it one is the object's; "the" has three of four below it."""
+    named = [Named("dog", (1,), np.array([1.0, 0, 0, 0]))]
+    maps = np.array([[2.0, 0, 0, 0], [4, 3, 1, 0], [9, 9, 9, 9]])
+    table = GroundingTable()
+    table.add("by hand", "photo", ground(maps, named, ["The", "dog", "runs"]))
+    scores = table.scores()["by hand"]
+    assert scores["obj_iou"].corpus == 0.5 and scores["f1_iou"].corpus == pytest.approx(2 * 0.5 * 0.75 / 1.25)
+    flat = ground(np.ones((1, 4)), [Named("dog", (0,), named[0].cover)], ["dog"])  # nothing is above
+    table.add("by hand", "other", flat)
+    scores = table.scores()["by hand"]
+    assert scores["obj_iou"].corpus == 0.25 and scores["f1_iou"].corpus == pytest.approx(2 * 0.25 * 0.75 / 1.0)
 
 
 def test_objects_are_found_once_and_as_whole_phrases():

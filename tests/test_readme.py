@@ -30,9 +30,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def commands() -> list[str]:
-    """The block below the README's heading "With real weights"."""
-    section = (HERE / "README.md").read_text(encoding="utf-8").partition("## With real weights\n")[2]
+def commands(page: str = "README.md") -> list[str]:
+    """The block below a page's heading "With real weights"."""
+    section = (HERE / page).read_text(encoding="utf-8").partition("## With real weights\n")[2]
     return re.search(r"```\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ").strip().splitlines()
 
 
@@ -86,6 +86,21 @@ def test_the_commands_for_real_weights_run_as_they_stand(place):
     for heatmaps, count in {"heatmaps": 2, "heatmaps_llava": 2, "heatmaps_smolvlm": 4}.items():  # 2: best and worst
         assert len(list((place / "runs" / heatmaps).glob("*.png"))) == count
     assert len(json.loads((place / "runs/qwen.json").read_text())) == 4
+
+
+def test_the_heatmap_commands_for_real_weights_run_as_they_stand(place):
+    found = commands("docs/grounding.md")
+    for command in found:
+        python, script, *args = shlex.split(command)
+        assert (python, script) == ("python", "p3_visualize.py")
+        done = subprocess.run([sys.executable, str(HERE / script), *args], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len(found) == 2
+    expected = {"where_llava": {"rel", "lens", "fuse", "relevancy"}, "where_qwen": {"fuse", "tam", "heads"}}
+    for output, methods in expected.items():
+        page = (place / "runs" / output / "index.html").read_text(encoding="utf-8")
+        photos = json.loads(page.partition('id="data">')[2].partition("</script>")[0])["photos"]
+        assert len(photos) == 4 and all(set(photo["maps"]) == methods for photo in photos)
 
 
 PAGES = [

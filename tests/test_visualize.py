@@ -14,7 +14,7 @@ from selenium.webdriver.support.ui import Select
 import p3_visualize
 from common.config import NothingDone, UserError
 from common.files import write_json
-from models.attribution import METHODS
+from models.attribution import CHEAP, METHODS
 from models.checkpoint import save_captioner
 from p3_visualize import Config
 
@@ -65,8 +65,11 @@ def test_a_folder_of_photos_gets_a_picture_each_and_a_page(scene, capsys):
     data = read(scene)
     assert [photo["stem"] for photo in data["photos"]] == sorted(CAPTIONS)
     photo = data["photos"][0]
-    assert set(photo["maps"]) == set(METHODS) and photo["grid"] == [4, 4]
-    assert photo["box"] == [25, 0, 50, 100]  # the encoder cropped the middle; the rest it never saw
+    assert set(photo["maps"]) == set(CHEAP) and photo["grid"] == [4, 4]
+    assert photo["box"] == [30, 0, 90, 60] and photo["size"] == [
+        120,
+        60,
+    ]  # the encoder cropped the middle; the rest it never saw
     pixels = np.asarray(Image.open(folder / f"{photo['stem']}.png").convert("RGB"))
     assert pixels.std() > 20 and pixels.shape[1] > 300
 
@@ -89,12 +92,19 @@ def test_best_and_worst_by_score(scene):
 @pytest.mark.parametrize("which", ["ours", "llava"])
 def test_grounding_of_given_captions(scene, llava_folder, which, capsys):
     source = {} if which == "ours" else {"checkpoint": None, "model": str(llava_folder)}
-    folder = visualize(scene, annotations=scene / "captions.json", instances=scene / "instances.json", **source)
+    folder = visualize(
+        scene, annotations=scene / "captions.json", instances=scene / "instances.json", methods=list(METHODS), **source
+    )
     content = json.loads((folder / "grounding.json").read_text())
     assert (content["photos"], content["objects"], content["objects_among_others"]) == (2, 3, 2)
     method = content["method"]
     blind = {"random weights, last_mean", f"random weights, {method}"}
     assert set(content["rows"]) >= {*METHODS, *blind, "centre", "ground truth on the grid"}
+    curves = {
+        row: [cells[curve]["score"] for curve in ("deletion", "insertion")] for row, cells in content["rows"].items()
+    }
+    assert all(np.isfinite(curves[row]).all() for row in (*METHODS, "random maps", "centre"))
+    assert curves["rel"] != curves["centre"] and curves[f"random weights, {method}"] == [None, None]
     truth = content["rows"]["ground truth on the grid"]
     assert truth["match_at_1"]["score"] == truth["pointing"]["score"] == 1.0
     out = capsys.readouterr().out
@@ -177,6 +187,12 @@ def test_the_page_at_work(browser, scene):
     assert on_box != empty and np.abs(hovered - bare).max() > 40
     figures = article.find_element(By.CSS_SELECTOR, ".figures")
     assert figures.text.startswith("box: probability 0.") and figures.text.endswith("names red box")
+    shares = read(scene)["photos"][0]["words"][2]["shares"]
+    heights = [float(bar.get_attribute("height")) for bar in article.find_elements(By.TAG_NAME, "rect")]
+    assert heights == pytest.approx([share for layer in shares for share in layer], abs=1) and len(shares) == 2
+    assert f"{sum(layer[0] for layer in shares) / 2:.0f}% of attention on the photo" in figures.text
+    groups = browser.find_elements(By.CSS_SELECTOR, "#method optgroup")
+    assert [group.get_attribute("label") for group in groups] == ["attention", "logit", "attention and logit"]
     ActionChains(browser).move_to_element(words[6]).perform()
     assert overlay() not in (on_box, empty)
 
@@ -216,7 +232,7 @@ def test_fifty_photos_are_under_ten_megabytes_and_open_in_a_second(browser, tmp_
     from pages.heatmaps import Drawn, page_entry, write_heatmap_page
 
     rng = np.random.default_rng(0)
-    units = [Unit(f"word{n}", (n,), 0.5, 0.5) for n in range(12)]
+    units = [Unit(f"word{n}", (n,), 0.5, rng.dirichlet(np.ones(4), 32)[:, :3]) for n in range(12)]
     photos = []
     for number in range(50):
         rough = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((640, 480))
