@@ -38,7 +38,7 @@ from models.checkpoint import find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
 from models.decoder import check_decoder
 from models.encoder import check_encoder
-from models.run_folder import begin_run, resumed_state, settings_of
+from models.run_folder import begin_run, check_photos, data_hash, photo_keys, resumed_state, settings_of
 from models.splits import Split, prepare_split, weigh_by_agreement
 from pages.figures import plot_losses
 
@@ -316,7 +316,7 @@ def main(cfg: Config) -> None:
     where = {"log_with": cfg.tracker, "project_dir": cfg.output}
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **where)
     unlock = lock(cfg.output / "metrics.jsonl") if accelerator.is_main_process else lambda: None
-    state = resumed_state(cfg)
+    state = resumed_state(cfg, data_hash(photos))
     if state and state.get("step") and state["processes"] != accelerator.num_processes:
         raise UserError(f"resume: inside an epoch, expected {state['processes']} processes, as when it was saved")
     torch.manual_seed(cfg.seed)
@@ -331,12 +331,14 @@ def main(cfg: Config) -> None:
         weigh_by_agreement(train, scores, cfg.consensus)
     if state:
         load_trained(captioner, cfg.output / "last")
+        check_photos(state, photo_keys(train, val))
         torch.set_rng_state(state.pop("rng"))
         cuda_rng = state.pop("cuda_rng", None)
         if cuda_rng is not None and accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_rng, accelerator.device)
     trainer = Trainer(cfg, accelerator, captioner, train, val)
     trainer.state |= (state or {}) | {"processes": accelerator.num_processes}
+    trainer.state |= {"data": data_hash(photos), "photos": photo_keys(train, val)}
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()

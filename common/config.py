@@ -23,8 +23,23 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 T = TypeVar("T")
 
 
+def one_line(text: object, longest: int = 500) -> str:
+    """`text` in one line that a terminal shows as it is: control characters are spelt out, a long middle is left out.
+
+    >>> one_line("a\\n b\\x1b[2J" + 600 * "c", longest=20)
+    'a b\\\\x1b[ ... ccccccc'
+    """
+    words = " ".join(str(text).split())
+    line = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in words)
+    half = (longest - 5) // 2
+    return line if len(line) <= longest else f"{line[: half + 1]} ... {line[-half:]}"
+
+
 class UserError(Exception):
     """A mistake of the user's: its message names the file, key or photo and what was expected. Exit code 2."""
+
+    def __init__(self, message: object):
+        super().__init__(one_line(message))
 
 
 class NothingDone(Exception):
@@ -238,11 +253,11 @@ def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | No
     try:
         main(parse_config(Config, aliases=aliases))
     except (UserError, OSError, MemoryError, RecursionError) as error:  # full disks, paths that the system refuses
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"{name}: error: {text[:2000]}", file=sys.stderr)
+        print(f"{name}: error: {one_line(error) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
     except NothingDone as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(3)
     except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
         sys.exit(130)

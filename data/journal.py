@@ -1,7 +1,8 @@
 """Captioning that survives a kill: every finished photo goes to a journal, the outputs are written when all are done.
 
 `NAME.journal.jsonl` beside the output `NAME.json` holds the run's settings in its first line, then for each photo a
-line [stem, {name of the decoding: [caption, whether it was cut]}]. It is deleted when the outputs have been written.
+line [stem, {name of the decoding: [caption, whether it was cut]}, hash of the photo's file]. It is deleted when the
+outputs have been written.
 """
 
 import json
@@ -10,10 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError, changes, check
+from common.config import UserError, changes, check, one_line
 from common.files import JsonLines, check_output, lock
-from data.photos import BadPhoto, LoadedPhoto, Photo
+from data.photos import BadPhoto, LoadedPhoto, Photo, key_of
 from data.predictions import write_predictions, wrong_in_form
+
+
+def check_unchanged(journal: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise a UserError where the settings in a `journal` are not those of this run."""
+    hint = f"{journal} was begun with other settings, --overwrite begins anew"
+    check([f"output: {hint}: {key} {change}" for key, change in changes(before, now).items()], shown=1)
 
 
 class Journal:
@@ -32,6 +39,8 @@ class Journal:
         self.file = JsonLines(output.with_name(f"{stem}.journal.jsonl"))
         self.captions: dict[str, dict[str, tuple[str, bool]]] = {}
         """{stem: {name of the decoding: (caption, whether it ended at the last allowed token)}}"""
+        self.keys: dict[str, str] = {}
+        """{stem: hash of the file that was captioned}"""
         check_output(self.file.path, overwrite=True)
         self.unlock = lock(output)
         if overwrite:
@@ -43,16 +52,17 @@ class Journal:
     def _read(self) -> None:
         try:
             before, *photos = self.file.rows() or [self.settings]
-            for stem, found in photos:
+            for stem, found, self.keys[stem] in photos:
                 self.captions[stem] = {name: ("" + found[name][0], bool(found[name][1])) for name in before}
             old, new = ({"decoding": list(settings)} | settings for settings in (before, self.settings))
         except (UserError, ValueError, TypeError, LookupError, AttributeError):
             raise UserError(f"output: {self.file.path} is no journal of captions; --overwrite begins anew") from None
-        hint = f"{self.file.path} was begun with other settings, --overwrite begins anew"
-        check([f"output: {hint}: {key} {change}" for key, change in changes(old, new).items()], shown=1)
+        check_unchanged(self.file.path, old, new)
 
     def missing(self, photos: Sequence[Photo]) -> list[Photo]:
-        """Those of `photos` that have no captions yet."""
+        """Those of `photos` that have no captions yet, or whose file is another one than was captioned."""
+        known = [photo for photo in photos if photo.stem in self.captions]
+        self.captions = {one.stem: self.captions[one.stem] for one in known if self.keys[one.stem] == key_of(one)}
         return [photo for photo in photos if photo.stem not in self.captions]
 
     def append(
@@ -68,7 +78,8 @@ class Journal:
         for i, loaded in enumerate(batch):
             ids = {name: captions[name][i] for name in limits}
             self.captions[loaded.stem] = {name: (text(ids[name]), len(ids[name]) == limits[name]) for name in limits}
-            self.file.append([loaded.stem, self.captions[loaded.stem]])
+            self.keys[loaded.stem] = loaded.key
+            self.file.append([loaded.stem, self.captions[loaded.stem], loaded.key])
 
     def finish(self, photos: Sequence[Photo], bad: Sequence[BadPhoto], meta: dict[str, Any]) -> None:
         """Write the outputs in the order of `photos`, and delete the journal.
@@ -88,4 +99,4 @@ class Journal:
         self.file.path.unlink(missing_ok=True)
         self.unlock()
         if skipped:
-            print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {', '.join(skipped)}")
+            print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {one_line(', '.join(skipped))}")

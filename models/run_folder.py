@@ -1,5 +1,6 @@
 """A run folder of training: what begins it, and what a run needs to go on in it."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -7,11 +8,15 @@ import yaml
 
 from common.config import UserError, changes, check, flatten, plain
 from common.files import JsonLines, remove_folder, restore_folder, written_whole
+from data.photos import Photo, first_of
 from models.checkpoint import check_checkpoint
+from models.splits import Split
+from models.training import STAGES
 
 ONCE = ("overwrite", "resume", "dry_run")  # settings of one call of the script, not of the run
-# settings that change no result
-ELSEWHERE = ("device", "features", "output", "data", "images", "val_images", "save_steps", "tracker")
+# settings that change no result; files may have moved, and `data_hash` tells whether their captions are the same
+FILES = ("data", "annotations", "images", "val_annotations", "val_images")
+ELSEWHERE = (*FILES, "device", "features", "output", "save_steps", "tracker")
 
 
 def settings_of(cfg: Any) -> dict:
@@ -19,10 +24,28 @@ def settings_of(cfg: Any) -> dict:
     return {key: value for key, value in plain(cfg).items() if key not in ONCE}
 
 
-def resumed_state(cfg: Any) -> dict | None:
-    """The trainer's state in last/; None where a run begins.
+def data_hash(photos: list[Photo]) -> str:
+    """Hash of the names and captions of the training photos, in their order, which decides what an epoch does."""
+    return hashlib.blake2b(repr([(photo.stem, photo.captions) for photo in photos]).encode()).hexdigest()
 
-    Raises UserError where the settings have changed, or where the state is damaged or gone.
+
+def photo_keys(*splits: Split | None) -> dict[str, str]:
+    """{stem: hash of the file} of all photos of a run."""
+    return {one.stem: key for split in splits if split for one, key in zip(split.photos, split.features.keys)}
+
+
+def check_photos(state: dict, now: dict[str, str]) -> None:
+    """Raise a UserError where photos of a run, as `photo_keys` names them, are others `now` than in its `state`."""
+    before = state.get("photos", now)
+    others = [stem for stem in before | now if before.get(stem) != now.get(stem)]
+    if others:
+        raise UserError(f"resume: {first_of(others)} not as when the run began; --overwrite begins anew")
+
+
+def resumed_state(cfg: Any, data: str) -> dict | None:
+    """The trainer's state in last/; None where a run begins. `data` is the `data_hash` of the training photos.
+
+    Raises UserError where the settings or the data have changed, or where the state is damaged or gone.
     """
     last, log = cfg.output / "last", cfg.output / "metrics.jsonl"
     restore_folder(last)
@@ -36,11 +59,17 @@ def resumed_state(cfg: Any) -> dict | None:
         stored = yaml.safe_load((cfg.output / "config.yaml").read_text(encoding="utf-8"))
         before = flatten(settings_of(type(cfg)())) | flatten(stored)
         state = torch.load(last / "trainer.pt", map_location="cpu", weights_only=True)
-        state["rng"], state["epoch"]
+        if state["stage"] not in STAGES or not all(state[key] >= 0 for key in ("epoch", "step", "steps", "logged")):
+            raise ValueError("no place in a stage")
+        torch.Generator().set_state(state["rng"])
     except Exception as error:  # whatever damage a file can have
-        raise UserError(f"resume: {last} or config.yaml is damaged ({error}); --overwrite begins anew") from None
+        said = str(error)[:100]  # torch goes on with advice to trust the file
+        raise UserError(f"resume: {last} or config.yaml is damaged ({said}); --overwrite begins anew") from None
     changed = changes(before, settings_of(cfg))
-    check([f"resume: {key} {change}" for key, change in changed.items() if key not in ELSEWHERE])
+    problems = [f"resume: {key} {change}" for key, change in changed.items() if key not in ELSEWHERE]
+    if state.get("data", data) != data:
+        problems.append("resume: the training photos or their captions are not those that the run began with")
+    check(problems)
     check_checkpoint(last)
     return state
 
