@@ -11,6 +11,9 @@ SIGTERM or Ctrl-C lets the step end, saves and stops; a second one stops at once
 once, and the run goes on from its last save.
 """
 
+import common.interrupt  # noqa: F401  the libraries below take seconds to load
+
+# isort: split
 import math
 import sys
 import time

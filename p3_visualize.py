@@ -7,9 +7,13 @@
 
 The output folder gets a PNG for each photo (a tile for each word) and index.html, a page of all photos to read word by
 word. With --instances, masks of what is in the photos, grounding.json and a table tell how well each method's maps lie
-on what the words name, beside controls that show what chance gives.
+on what the words name, beside controls that show what chance gives. A stopped run goes on in its folder when the same
+command is given again; with --instances it begins anew there.
 """
 
+import common.interrupt  # noqa: F401  the libraries below take seconds to load
+
+# isort: split
 import json
 import sys
 from dataclasses import dataclass
@@ -23,19 +27,21 @@ from tqdm import tqdm
 
 from common.config import CommonSettings, NothingDone, UserError, check, plain, run
 from common.device import Precision, pick_device, torch_dtype
-from common.files import check_apart, check_output, folder_problems, read_text, write_json
+from common.files import check_apart, files_hash, folder_problems, lock, read_text, write_json
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
+from data.journal import PhotoRows
 from data.photos import LoadedPhoto, Photo, PhotoBatches
 from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named
 from metrics.object_words import phrases
 from models.attribution import METHODS, Unit, split_units
-from models.checkpoint import load_captioner
+from models.checkpoint import find_checkpoint, load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 from models.interface import CaptionModel
 from models.vlm import PROMPT, Fit, Quantize, check_model, load_vlm
 from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
 
+UNFINISHED = "unfinished.jsonl"  # in the output folder, until all is done
 Grounded = dict[Photo, list[tuple[list[int], list[Named]]]]  # a photo's captions, and the objects that each names
 
 
@@ -98,7 +104,8 @@ def check_settings(cfg: Config) -> None:
         problems.append("instances: grounding is of words and redraws weights; expected unit word and quantize none")
     if not cfg.pictures and not cfg.instances:
         problems.append("pictures: false leaves the grounding scores alone to be done; expected instances with it")
-    problems += folder_problems(cfg.output, cfg.overwrite, "give another name, or --overwrite to write into it")
+    replace = cfg.overwrite or (cfg.output / UNFINISHED).exists()
+    problems += folder_problems(cfg.output, replace, "give another name, or --overwrite to write into it")
     check(problems)
 
 
@@ -214,15 +221,21 @@ def finish(drawn: list[dict], table: GroundingTable, cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check_settings(cfg)
     photos, notes, instances = read_inputs(cfg)
-    check_output(cfg.output / "index.html", overwrite=True)
+    unlock = lock(cfg.output / "index.html")
+    settings = plain(cfg) | {"model_files": files_hash(cfg.model or find_checkpoint(cfg.checkpoint))}
+    del settings["overwrite"]
+    rows = PhotoRows(cfg.output / UNFINISHED, settings, cfg.overwrite)
     model = load_model(cfg)
     if cfg.annotations:
         model.check_room(max(len(model.ids(text)) for photo in photos for text in photo.captions), "annotations")
     for older in ("index.html", "grounding.json"):
         (cfg.output / older).unlink(missing_ok=True)
 
-    drawn, grounded, table = [], {}, GroundingTable(cfg.seed)
-    for batch in PhotoBatches(photos, cfg.batch_size, cfg.workers, "attention"):
+    about = {photo.stem: [list(photo.captions), notes.get(photo.stem)] for photo in photos}
+    drawn = {photo.stem: None if instances else rows.get(photo, about[photo.stem]) for photo in photos}
+    left = [photo for photo in photos if not drawn[photo.stem]]
+    grounded, table = {}, GroundingTable(cfg.seed)
+    for batch in PhotoBatches(left, cfg.batch_size, cfg.workers, "attention", done=len(photos) - len(left)):
         for loaded, records in zip(batch, model.attend(batch, captions_of(model, batch, cfg))):
             grid, masks = model.patch_grid(*loaded.image.size), masks_of(loaded, instances) if instances else {}
             shape = (grid.rows, grid.columns)
@@ -243,10 +256,13 @@ def main(cfg: Config) -> None:
                     text, note = model.text(record.ids[:-1]), notes.get(loaded.stem, "")
                     shown = Drawn(loaded.stem, loaded.image, text, units, grid, maps, note, objects)
                     draw_words(shown, cfg.method, cfg.output / f"{loaded.stem}.png")
-                    drawn.append(page_entry(shown))
+                    drawn[loaded.stem] = page_entry(shown)
+                    rows.append(loaded, about[loaded.stem], drawn[loaded.stem])
     if grounded:
         measure_random_weights(model, grounded, table, cfg)
-    finish(drawn, table, cfg)
+    finish([entry for entry in drawn.values() if entry], table, cfg)
+    (cfg.output / UNFINISHED).unlink()
+    unlock()
 
 
 if __name__ == "__main__":

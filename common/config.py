@@ -248,6 +248,8 @@ def stop_signals() -> Iterator[list[int]]:
 def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | None = None) -> None:
     """Parse the command line, call `main` with it and end the process with the suite's exit codes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in background jobs of a shell
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows `?` for what it lacks
     name = Path(sys.argv[0]).name
     try:

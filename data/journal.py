@@ -23,6 +23,35 @@ def check_unchanged(journal: Path, before: dict[str, Any], now: dict[str, Any]) 
     check([f"output: {hint}: {key} {change}" for key, change in changes(before, now).items()], shown=1)
 
 
+class PhotoRows:
+    """What is known of each photo so far, kept in the file `path` by a run that may be killed.
+
+    `settings` stand in its first line. A row belongs to a photo's file, and to what else the caller takes `about` it.
+    Raises UserError where the file was begun with other settings; `overwrite` begins anew.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False):
+        self.file, settings = JsonLines(path), json.loads(json.dumps(settings, default=str))
+        if overwrite:
+            path.unlink(missing_ok=True)
+        try:
+            before, *rows = self.file.rows() or [settings]
+            self.rows = {stem: (about, row) for stem, about, row in rows}
+            check_unchanged(path, before, settings)
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f"output: {path} is no file of this command; --overwrite begins anew") from None
+        if not path.exists():
+            self.file.append(settings)
+
+    def get(self, photo: Photo, about: list) -> Any:
+        """The row of a photo; None where it has none, or one of another file or about something else."""
+        known, row = self.rows.get(photo.stem, (None, None))
+        return row if known and known == [key_of(photo), *about] else None
+
+    def append(self, loaded: LoadedPhoto, about: list, row: Any) -> None:
+        self.file.append([loaded.stem, [loaded.key, *about], row])
+
+
 class Journal:
     """The captions of one run so far, by one decoding or several.
 
