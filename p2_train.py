@@ -41,7 +41,7 @@ from models.checkpoint import find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
 from models.decoder import check_decoder
 from models.encoder import check_encoder
-from models.run_folder import begin_run, check_photos, data_hash, photo_keys, resumed_state, settings_of
+from models.run_folder import begin_run, data_hash, photo_keys, resumed_state, settings_of
 from models.splits import Split, prepare_split, weigh_by_agreement
 from pages.figures import plot_losses
 
@@ -332,16 +332,15 @@ def main(cfg: Config) -> None:
     if cfg.consensus:
         scores = agreement({photo.stem: list(photo.captions) for photo in train.photos})
         weigh_by_agreement(train, scores, cfg.consensus)
+    inputs = {"data": data_hash(photos), "photos": photo_keys(state or {}, train, val)}
     if state:
         load_trained(captioner, cfg.output / "last")
-        check_photos(state, photo_keys(train, val))
         torch.set_rng_state(state.pop("rng"))
         cuda_rng = state.pop("cuda_rng", None)
         if cuda_rng is not None and accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_rng, accelerator.device)
     trainer = Trainer(cfg, accelerator, captioner, train, val)
-    trainer.state |= (state or {}) | {"processes": accelerator.num_processes}
-    trainer.state |= {"data": data_hash(photos), "photos": photo_keys(train, val)}
+    trainer.state |= (state or {}) | {"processes": accelerator.num_processes} | inputs
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()

@@ -257,11 +257,11 @@ def main(cfg: Config) -> None:
                     shown = Drawn(loaded.stem, loaded.image, text, units, grid, maps, note, objects)
                     draw_words(shown, cfg.method, cfg.output / f"{loaded.stem}.png")
                     drawn[loaded.stem] = page_entry(shown)
-                    rows.append(loaded, about[loaded.stem], drawn[loaded.stem])
+                    rows.append(loaded, drawn[loaded.stem], about[loaded.stem])
     if grounded:
         measure_random_weights(model, grounded, table, cfg)
     finish([entry for entry in drawn.values() if entry], table, cfg)
-    (cfg.output / UNFINISHED).unlink()
+    (cfg.output / UNFINISHED).unlink(missing_ok=True)
     unlock()
 
 

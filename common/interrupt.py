@@ -11,7 +11,7 @@ def _stop(*_: object) -> None:
     os._exit(130)
 
 
-# `common.config.run` takes over once the libraries are there. No other program's handler is replaced.
-if Path(getattr(sys.modules["__main__"], "__file__", "")).parent.resolve() == Path(__file__).resolve().parent.parent:
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
-        signal.signal(signal.SIGINT, _stop)
+# Only for a script of this suite, whose `common.config.run` takes over later; a shell's background jobs ignore Ctrl-C.
+main = Path(getattr(sys.modules["__main__"], "__file__", "")).resolve()
+if main.parent == Path(__file__).resolve().parent.parent and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, _stop)

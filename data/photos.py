@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from common.config import NothingDone, one_line
+from common.config import NothingDone, UserError, one_line
 from data.prefetch import prefetch
 
 PHOTO_SUFFIXES = {*".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split()}
@@ -47,11 +47,11 @@ def first_of(names: Sequence[str | Path], shown: int = 5) -> str:
     return f"{len(names)} photo{'s' * (len(names) > 1)} ({listed}{rest})"
 
 
-class BadPhoto(Exception):
+class BadPhoto(UserError):
     """A photo that cannot be read: `path`, and `reason` in a few words."""
 
     def __init__(self, path: Path, reason: str):
-        super().__init__(one_line(f"{path}: {reason}"))
+        super().__init__(f"{path}: {reason}")
         self.path, self.reason = path, reason
 
 

@@ -45,10 +45,7 @@ def encode_files(
     paths = {keys[photos[i].stem]: photos[i] for i in good}
 
     def anew(key: str) -> np.ndarray:
-        try:
-            loaded = load_photo(paths[key])
-        except BadPhoto as error:
-            raise UserError(f"images: {error}; it was sound when the run began") from None
+        loaded = load_photo(paths[key])
         if loaded.key != key:
             raise UserError(f"images: {loaded.photo.path} is another photo than when the run began")
         features = encode(encoder, [loaded])[0].float().cpu().numpy()

@@ -29,17 +29,14 @@ def data_hash(photos: list[Photo]) -> str:
     return hashlib.blake2b(repr([(photo.stem, photo.captions) for photo in photos]).encode()).hexdigest()
 
 
-def photo_keys(*splits: Split | None) -> dict[str, str]:
-    """{stem: hash of the file} of all photos of a run."""
-    return {one.stem: key for split in splits if split for one, key in zip(split.photos, split.features.keys)}
-
-
-def check_photos(state: dict, now: dict[str, str]) -> None:
-    """Raise a UserError where photos of a run, as `photo_keys` names them, are others `now` than in its `state`."""
+def photo_keys(state: dict, *splits: Split | None) -> dict[str, str]:
+    """{stem: hash of the file} of all photos. Raises UserError where some are not those of the `state` of a run."""
+    now = {one.stem: key for split in splits if split for one, key in zip(split.photos, split.features.keys)}
     before = state.get("photos", now)
     others = [stem for stem in before | now if before.get(stem) != now.get(stem)]
     if others:
         raise UserError(f"resume: {first_of(others)} not as when the run began; --overwrite begins anew")
+    return now
 
 
 def resumed_state(cfg: Any, data: str) -> dict | None:
