@@ -41,7 +41,7 @@ from models.checkpoint import find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
 from models.decoder import check_decoder
 from models.encoder import check_encoder
-from models.run_folder import begin_run, data_hash, photo_keys, resumed_state, settings_of
+from models.run_folder import begin_run, inputs_hash, resumed_state, settings_of
 from models.splits import Split, prepare_split, weigh_by_agreement
 from pages.figures import plot_losses
 
@@ -319,7 +319,7 @@ def main(cfg: Config) -> None:
     where = {"log_with": cfg.tracker, "project_dir": cfg.output}
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **where)
     unlock = lock(cfg.output / "metrics.jsonl") if accelerator.is_main_process else lambda: None
-    state = resumed_state(cfg, data_hash(photos))
+    state = resumed_state(cfg)
     if state and state.get("step") and state["processes"] != accelerator.num_processes:
         raise UserError(f"resume: inside an epoch, expected {state['processes']} processes, as when it was saved")
     torch.manual_seed(cfg.seed)
@@ -332,15 +332,17 @@ def main(cfg: Config) -> None:
     if cfg.consensus:
         scores = agreement({photo.stem: list(photo.captions) for photo in train.photos})
         weigh_by_agreement(train, scores, cfg.consensus)
-    inputs = {"data": data_hash(photos), "photos": photo_keys(state or {}, train, val)}
+    inputs = inputs_hash(train, val)
     if state:
+        if state.get("inputs", inputs) != inputs:
+            raise UserError("resume: photos or captions are not those that the run began with; --overwrite begins anew")
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
         cuda_rng = state.pop("cuda_rng", None)
         if cuda_rng is not None and accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_rng, accelerator.device)
     trainer = Trainer(cfg, accelerator, captioner, train, val)
-    trainer.state |= (state or {}) | {"processes": accelerator.num_processes} | inputs
+    trainer.state |= (state or {}) | {"processes": accelerator.num_processes, "inputs": inputs}
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()

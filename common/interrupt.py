@@ -5,13 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-
-def _stop(*_: object) -> None:
-    os.write(2, f"{Path(sys.argv[0]).name}: stopped\n".encode())
-    os._exit(130)
-
-
 # Only for a script of this suite, whose `common.config.run` takes over later; a shell's background jobs ignore Ctrl-C.
-main = Path(getattr(sys.modules["__main__"], "__file__", "")).resolve()
-if main.parent == Path(__file__).resolve().parent.parent and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, _stop)
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1]:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130 + 0 * os.write(2, b"stopped\n")))

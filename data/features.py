@@ -25,7 +25,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path, fingerprint: str, shape: tuple[int, int], dtype: type = np.float16):
         self.folder, self.shape, self.dtype = folder / fingerprint, shape, np.dtype(dtype)
-        self.bytes = self.dtype.itemsize * shape[0] * shape[1] + len(_checksum(b""))
+        self.bytes = self.dtype.itemsize * shape[0] * shape[1] + 4  # of the CRC-32
         self.damaged = False  # whether a damaged file was met, which is said once
 
     def _path(self, key: str) -> Path:
@@ -41,7 +41,7 @@ class FeatureCache:
         try:
             with self._path(key).open("rb", buffering=0) as file:
                 file.readinto(array)
-                if file.read(9) == _checksum(array):
+                if file.read(9) == zlib.crc32(array).to_bytes(4):
                     return array
         except OSError:
             return None
@@ -55,7 +55,7 @@ class FeatureCache:
         try:
             with written_whole(self._path(key)) as part:
                 content = np.asarray(array, self.dtype).tobytes()
-                part.write_bytes(content + _checksum(content))
+                part.write_bytes(content + zlib.crc32(content).to_bytes(4))
         except OSError as error:
             raise UserError(f"features: {self.folder} cannot be written: {error.strerror}") from None
 
@@ -69,10 +69,6 @@ class FeatureCache:
         needed, free = self.bytes * count / 1e9, shutil.disk_usage(self.folder).free / 1e9
         if needed > free:
             raise UserError(f"features: {self.folder} needs {needed:.1f} GB for {count} photos, {free:.1f} GB are free")
-
-
-def _checksum(content: bytes | np.ndarray) -> bytes:
-    return zlib.crc32(content).to_bytes(4, "little")
 
 
 class Features:

@@ -48,7 +48,8 @@ class PhotoRows:
         if self.before is None:
             self.before = self.settings
             self.file.append(self.settings)
-        self.file.append([loaded.stem, [loaded.key, about], row])
+        self.rows[loaded.stem] = [loaded.key, about], row
+        self.file.append([loaded.stem, *self.rows[loaded.stem]])
 
 
 class Journal:

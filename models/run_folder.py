@@ -1,6 +1,6 @@
 """A run folder of training: what begins it, and what a run needs to go on in it."""
 
-import hashlib
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -8,15 +8,13 @@ import yaml
 
 from common.config import UserError, changes, check, flatten, plain
 from common.files import JsonLines, remove_folder, restore_folder, written_whole
-from data.photos import Photo, first_of
 from models.checkpoint import check_checkpoint
 from models.splits import Split
 from models.training import STAGES
 
 ONCE = ("overwrite", "resume", "dry_run")  # settings of one call of the script, not of the run
-# settings that change no result; files may have moved, and `data_hash` tells whether their captions are the same
-FILES = ("data", "annotations", "images", "val_annotations", "val_images")
-ELSEWHERE = (*FILES, "device", "features", "output", "save_steps", "tracker")
+# settings that change no result; photos may have moved, and `inputs_hash` tells whether they are the same
+ELSEWHERE = ("device", "features", "output", "data", "images", "val_images", "save_steps", "tracker")
 
 
 def settings_of(cfg: Any) -> dict:
@@ -24,25 +22,16 @@ def settings_of(cfg: Any) -> dict:
     return {key: value for key, value in plain(cfg).items() if key not in ONCE}
 
 
-def data_hash(photos: list[Photo]) -> str:
-    """Hash of the names and captions of the training photos, in their order, which decides what an epoch does."""
-    return hashlib.blake2b(repr([(photo.stem, photo.captions) for photo in photos]).encode()).hexdigest()
+def inputs_hash(*splits: Split | None) -> str:
+    """Hash of all that a run reads of its data: names, files and captions of the photos, in their order."""
+    read = [(split.features.keys, [(one.stem, one.captions) for one in split.photos]) for split in splits if split]
+    return blake2b(repr(read).encode(), digest_size=10).hexdigest()
 
 
-def photo_keys(state: dict, *splits: Split | None) -> dict[str, str]:
-    """{stem: hash of the file} of all photos. Raises UserError where some are not those of the `state` of a run."""
-    now = {one.stem: key for split in splits if split for one, key in zip(split.photos, split.features.keys)}
-    before = state.get("photos", now)
-    others = [stem for stem in before | now if before.get(stem) != now.get(stem)]
-    if others:
-        raise UserError(f"resume: {first_of(others)} not as when the run began; --overwrite begins anew")
-    return now
+def resumed_state(cfg: Any) -> dict | None:
+    """The trainer's state in last/; None where a run begins.
 
-
-def resumed_state(cfg: Any, data: str) -> dict | None:
-    """The trainer's state in last/; None where a run begins. `data` is the `data_hash` of the training photos.
-
-    Raises UserError where the settings or the data have changed, or where the state is damaged or gone.
+    Raises UserError where the settings have changed, or where the state is damaged or gone.
     """
     last, log = cfg.output / "last", cfg.output / "metrics.jsonl"
     restore_folder(last)
@@ -63,10 +52,7 @@ def resumed_state(cfg: Any, data: str) -> dict | None:
         said = str(error)[:100]  # torch goes on with advice to trust the file
         raise UserError(f"resume: {last} or config.yaml is damaged ({said}); --overwrite begins anew") from None
     changed = changes(before, settings_of(cfg))
-    problems = [f"resume: {key} {change}" for key, change in changed.items() if key not in ELSEWHERE]
-    if state.get("data", data) != data:
-        problems.append("resume: the training photos or their captions are not those that the run began with")
-    check(problems)
+    check([f"resume: {key} {change}" for key, change in changed.items() if key not in ELSEWHERE])
     check_checkpoint(last)
     return state
 
