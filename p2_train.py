@@ -111,6 +111,8 @@ def check_settings(cfg: Config) -> None:
     problems += training.check_stage("align", cfg.align) + training.check_stage("finetune", cfg.finetune)
     if not cfg.align.epochs and not cfg.finetune.epochs:
         problems.append("finetune.epochs: expected at least one stage that trains, got 0 epochs in all")
+    if cfg.lora.rank > 2**14:  # wider than any decoder
+        problems.append(f"lora.rank: expected {2**14} at most, got {cfg.lora.rank}")
     if cfg.batch_size % cfg.captions_per_row:
         expected = f"a multiple of captions_per_row {cfg.captions_per_row}"
         problems.append(f"batch_size: expected {expected}, got {cfg.batch_size}")
@@ -163,8 +165,13 @@ class Trainer:
         parts = {"optimizer": optimizer, "schedule": schedule, "average": average}
         if accelerator.scaler:
             parts["scaler"] = accelerator.scaler
-        for part in self.state.keys() & parts.keys():  # resumed inside this stage
-            parts[part].load_state_dict(self.state.pop(part))
+        try:
+            for part in self.state.keys() & parts.keys():  # resumed inside this stage
+                parts[part].load_state_dict(self.state.pop(part))
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"resume: last/trainer.pt is of another run: {error!r:.99}; --overwrite begins anew"
+            ) from None
         for epoch in range(self.state["epoch"], math.ceil(stage.epochs)):
             # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
             steps = self.optimizer_steps(order=1000 * cfg.seed + 100 * list(training.STAGES).index(name) + epoch)

@@ -161,6 +161,8 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
     parser, fields = _parser(Config), field_types(Config)
     check([_unknown(key, value, fields) for key, value in settings.items() if key not in fields])
     check([f"{key}: expected at least one value, got none" for key, value in settings.items() if value in ([], "[]")])
+    needed = [key for key in settings if settings[key] is None and type(None) not in get_args(fields[key])]
+    check([f"{key}: expected {_in_words(fields[key])}, got nothing" for key in needed])
     try:
         parsed = parser.instantiate(parser.parse_object(Namespace(settings)))
     except (ArgumentError, TypeError) as error:

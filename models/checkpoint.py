@@ -84,7 +84,7 @@ def check_checkpoint(folder: Path) -> CaptionerConfig:
     file = folder / CONFIG
     try:
         config = config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, UserError) as error:
+    except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"{file}: expected the settings of a captioner: {error}") from None
     missing = [name for name in (PROJECTOR, LORA_WEIGHTS) if not (folder / name).is_file()]
     check([f"checkpoint: {folder}: expected {name} in it" for name in missing])

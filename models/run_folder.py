@@ -59,9 +59,10 @@ def resumed_state(cfg: Any) -> dict | None:
 
 def begin_run(cfg: Any, resumed: bool, logged: int) -> None:
     """Write config.yaml and keep the first `logged` rows of the metrics log; a new run starts without folders."""
-    if not resumed:
-        remove_folder(cfg.output / "best")
-        remove_folder(cfg.output / "last")
+    for name in () if resumed else ("best", "last", "captioning"):  # captioning: the tracker's
+        remove_folder(cfg.output / name)
+    for left in cfg.output.glob(".*.part"):  # by a killed process
+        remove_folder(left) if left.is_dir() else left.unlink()
     JsonLines(cfg.output / "metrics.jsonl").keep(logged)  # what a killed run logged after its last save is done again
     with written_whole(cfg.output / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")
