@@ -6,15 +6,14 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import p1_llava_caption
 import p2_inference
@@ -22,12 +21,12 @@ import p2_train
 import p3_visualize
 from common.config import UserError, one_line, parse_config
 from common.device import pick_device
-from common.files import JsonLines
-from data.annotations import find_photos, read_annotations
-from data.photos import load_photo
-from models.checkpoint import LORA_WEIGHTS, PROJECTOR, check_checkpoint, load_captioner
+from data.annotations import find_photos
+from data.journal import Journal
+from data.photos import PhotoBatches, load_photo
+from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner
 from models.decoder import DecoderConfig, load_decoder
-from models.encoder import build_encoder
+from models.encoder import EncoderConfig, build_encoder
 from models.features import CachedEncoder, encode_files
 from models.training import Stage
 
@@ -181,3 +180,134 @@ def test_settings_that_no_machine_takes(args, said, trained, tmp_path):
 def test_meta_is_no_device():
     with pytest.raises(UserError, match="device: 'meta' is not available"):
         pick_device("meta")
+
+
+# ------------------------------------------------------------------------------------------- strangers' files
+
+
+class Bomb:
+    """What pickle would run as it is read."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_pickle_is_never_run(run, tmp_path):
+    trace = tmp_path / "ran"
+    (run.output / "last/trainer.pt").write_bytes(pickle.dumps(Bomb(trace)))
+    with pytest.raises(UserError, match="resume: .* is damaged"):
+        p2_train.main(run)
+    torch.save({"epoch": Bomb(trace)}, run.output / "last/trainer.pt")
+    with pytest.raises(UserError, match="resume: .* is damaged"):
+        p2_train.main(run)
+    (run.output / "best" / PROJECTOR).write_bytes(pickle.dumps(Bomb(trace)))
+    with pytest.raises(UserError, match="expected a safetensors file"):
+        load_captioner(run.output)
+    (tmp_path / "net.pth").write_bytes(pickle.dumps(Bomb(trace)))
+    with pytest.raises(UserError, match="^encoder"):
+        build_encoder(EncoderConfig("timm", "test_vit", str(tmp_path / "net.pth")))
+    course = tmp_path / "course"
+    course.mkdir()
+    (course / "decoder_model.bin").write_bytes(pickle.dumps(Bomb(trace)))
+    (course / "encoder.json").write_text("{}")
+    (course / "vocab.bpe").write_text("")
+    with pytest.raises(UserError, match="^decoder"):
+        load_decoder(DecoderConfig(str(course)))
+    assert not trace.exists()
+
+
+def test_a_terminal_escape_in_a_name_is_shown_as_text(tmp_path, capfd):
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "bad\x1b[2J\x07\u202e.png").write_text("no photo")
+    batches = PhotoBatches(find_photos(tmp_path), 2)
+    journal = Journal(tmp_path / "x.json", {"a": {"decoding": {"max_new_tokens": 3}}})
+    for batch in batches:
+        journal.append(batch, {"a": [[1]]}, lambda ids: "a dog")
+    journal.finish([], batches.bad, {})
+    shown = "".join(capfd.readouterr())
+    assert "\x07" not in shown and "\x1b[2J" not in shown and "\u202e" not in shown and shown.count(r"\x1b[2J\x07") == 2
+    assert one_line("a\n b\t\x1b[31mc\ud800") == r"a b \x1b[31mc\ud800" and len(one_line("x" * 100_000)) == 500
+
+
+# ------------------------------------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """`small_disk(kB)`: a folder on a file system of its own of this size. It can be made larger by a second call."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def resize(kilobytes: int) -> Path:
+        option = "remount," if os.path.ismount(folder) else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{option}size={kilobytes}k", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a small file system cannot be mounted here")
+        return folder
+
+    yield resize
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_training_in_one_line_and_it_goes_on_where_space_returns(trained, small_disk):
+    weights = sum(map(len, files_of(trained.output / "last").values())) // 1000
+    cfg = dataclasses.replace(trained, output=small_disk(weights * 2) / "run", save_steps=1, resume=True)
+    with pytest.raises((UserError, OSError), match="No space left|cannot be written"):
+        p2_train.main(cfg)  # last/ has room once, and not twice
+    before = load_captioner(cfg.output / "last")
+    assert before.projector is not None
+    small_disk(weights * 20)
+    p2_train.main(cfg)
+    ours, whole = (load_file(one.output / "last" / LORA_WEIGHTS) for one in (cfg, trained))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("script", [p1_llava_caption, p2_inference, p3_visualize], ids=lambda script: script.__name__)
+def test_a_full_disk_loses_no_caption(script, trained, data_root, llava_folder, small_disk, tmp_path):
+    shared = {"images": data_root / "images/train", "device": "cpu", "batch_size": 1}
+    source = {"model": str(llava_folder)} if script is p1_llava_caption else {"checkpoint": trained.output}
+    shared |= source if script is p1_llava_caption else source | {"features": tmp_path / "none"}
+    name = "maps" if script is p3_visualize else "captions.json"
+    script.main(script.Config(output=tmp_path / name, **shared))
+    whole = files_of(tmp_path / name) if script is p3_visualize else (tmp_path / name).read_bytes()
+    output = small_disk(max(8, len(str(whole)) // 4000)) / name
+    if script is not p3_visualize:
+        (output.parent / "rest").write_bytes(bytes(6_000))  # one block is left for the journal
+    with pytest.raises((UserError, OSError), match="No space left|cannot be written"):
+        script.main(script.Config(output=output, **shared))
+    small_disk(40_000)
+    script.main(script.Config(output=output, **shared))
+    found = files_of(output) if script is p3_visualize else output.read_bytes()
+    assert found == whole
+
+
+# ------------------------------------------------------------------------------------------- long runs
+
+
+def test_two_thousand_steps_keep_memory_files_and_threads_flat(trained, tmp_path, monkeypatch, capsys):
+    import psutil
+
+    process, seen, step = psutil.Process(), [], p2_train.Trainer.take_step
+    steps = int(os.environ.get("STEPS", 200))
+
+    def counted(*args, **parts):
+        seen.append((process.memory_info().rss / 1e6, process.num_fds(), process.num_threads()))
+        return step(*args, **parts)
+
+    monkeypatch.setattr(p2_train.Trainer, "take_step", counted)
+    monkeypatch.setattr(p2_train, "plot_losses", lambda *_: None)
+    stage = Stage(epochs=steps / 4, lr=1e-3)
+    cfg = dataclasses.replace(trained, output=tmp_path / "run", align=Stage(epochs=0), finetune=stage, val_limit=1)
+    p2_train.main(cfg)
+    later = np.array(seen[len(seen) // 3 :])
+    slopes = np.polyfit(np.arange(len(later)), later, 1)[0] * 1000
+    with capsys.disabled():
+        print(
+            f"\n{len(seen)} steps; slopes in 1,000 steps: {slopes[0]:.2f} MB, {slopes[1]:.2f} files, {slopes[2]:.2f} threads"
+        )
+    assert len(seen) == steps and abs(slopes[1]) < 5 and abs(slopes[2]) < 5
+    assert slopes[0] < (5 if steps >= 2000 else 100)
