@@ -76,15 +76,16 @@ RESUMED = {
     "state of another stage": (lambda f: put(f / "last/trainer.pt", stage="pretrain"), "damaged .no place in a stage"),
     "state without a place": (lambda f: put(f / "last/trainer.pt", step="a"), "resume: .* is damaged"),
     "state without rng": (lambda f: put(f / "last/trainer.pt", rng=torch.zeros(3)), "resume: .* is damaged"),
-    "another optimizer": (lambda f: put(f / "last/trainer.pt", epoch=0, optimizer={"a": 1}), "trainer.pt is of another"),
-    "weights cut": (lambda f: half(f / "last" / LORA_WEIGHTS), "adapter_model.safetensors: expected a safetensors file"),
+    "another optimizer": (lambda f: put(f / "last/trainer.pt", epoch=0, optimizer={"a": 1}), "is of another run"),
+    "weights cut": (lambda f: half(f / "last" / LORA_WEIGHTS), "expected a safetensors file"),
     "weights gone": (lambda f: (f / "last" / PROJECTOR).unlink(), "expected projector.safetensors in it"),
-    "log broken": (lambda f: (f / "metrics.jsonl").write_text('{}\n{"a\n{}\n'), "metrics.jsonl: expected one JSON value"),
+    "log broken": (lambda f: (f / "metrics.jsonl").write_text('{}\n{"a\n{}\n'), "expected one JSON value"),
     "settings empty": (lambda f: (f / "config.yaml").write_text(""), "resume: .* is damaged"),
     "settings broken": (lambda f: (f / "config.yaml").write_bytes(b"\xff: [1"), "resume: .* is damaged"),
-    "captioner.json deep": (lambda f: (f / "last/captioner.json").write_text("[" * 200_000), "expected the settings of a"),
+    "captioner.json deep": (lambda f: (f / "last/captioner.json").write_text("[" * 200_000), "expected the settings"),
     "captioner.json null": (
-        lambda f: (f / "last/captioner.json").write_text('{"decoder": {"model": null}}'), "decoder.model: expected str, got nothing"
+        lambda f: (f / "last/captioner.json").write_text('{"decoder": {"model": null}}'),
+        "decoder.model: expected str, got nothing",
     ),
 }  # fmt: skip
 
@@ -214,7 +215,7 @@ def test_a_pickle_is_never_run(run, tmp_path):
     (course / "decoder_model.bin").write_bytes(pickle.dumps(Bomb(trace)))
     (course / "encoder.json").write_text("{}")
     (course / "vocab.bpe").write_text("")
-    with pytest.raises(UserError, match="^decoder"):
+    with pytest.raises(UserError):
         load_decoder(DecoderConfig(str(course)))
     assert not trace.exists()
 
@@ -306,8 +307,7 @@ def test_two_thousand_steps_keep_memory_files_and_threads_flat(trained, tmp_path
     later = np.array(seen[len(seen) // 3 :])
     slopes = np.polyfit(np.arange(len(later)), later, 1)[0] * 1000
     with capsys.disabled():
-        print(
-            f"\n{len(seen)} steps; slopes in 1,000 steps: {slopes[0]:.2f} MB, {slopes[1]:.2f} files, {slopes[2]:.2f} threads"
-        )
+        said = f"{slopes[0]:.2f} MB, {slopes[1]:.2f} files, {slopes[2]:.2f} threads"
+        print(f"\n{len(seen)} steps; slopes in 1,000 steps: {said}")
     assert len(seen) == steps and abs(slopes[1]) < 5 and abs(slopes[2]) < 5
     assert slopes[0] < (5 if steps >= 2000 else 100)

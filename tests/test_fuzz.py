@@ -53,7 +53,7 @@ def photo(format: str) -> bytes:
 
 SEEDS = {
     "photo": [photo(name) for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")],
-    "annotations": [COCO, [{"image": "a.jpg", "caption": "a dog"}], b"image,caption\na.jpg,a dog\n", b"a.jpg#0\ta dog\n"],
+    "annotations": [COCO, [{"image": "a.jpg", "caption": "a"}], b"image,caption\na.jpg,a dog\n", b"a.jpg#0\ta dog\n"],
     "predictions": [{"a": "a dog", "b": ""}],
     "instances": [INSTANCES],
     "journal": [b"".join(json.dumps(row).encode() + b"\n" for row in JOURNAL)],
