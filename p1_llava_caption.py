@@ -9,6 +9,9 @@ With one decoding the captions go to captions.json, with several to captions.bes
 be decoded is named, skipped and counted. A stopped run goes on where it was when the same command is given again.
 """
 
+import common.interrupt  # noqa: F401  the libraries below take seconds to load
+
+# isort: split
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,6 +20,7 @@ from jsonargparse.typing import PositiveInt
 
 from common.config import CommonSettings, check, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
+from common.files import files_hash
 from data.annotations import find_photos
 from data.journal import Journal
 from data.photos import PhotoBatches
@@ -66,7 +70,7 @@ def main(cfg: Config) -> None:
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "float32"
     decodings = {name: cfg.own if name == "own" else PRESETS[name] for name in cfg.decoding}
     shared = {name: getattr(cfg, name) for name in ("model", "prompt", "quantize", "fit", "seed")}
-    shared |= {"precision": precision, "versions": library_versions()}
+    shared |= {"precision": precision, "model_files": files_hash(cfg.model), "versions": library_versions()}
     settings = {name: shared | {"decoding": {"name": name} | asdict(decodings[name])} for name in decodings}
     journal = Journal(cfg.output, settings, cfg.overwrite)
 

@@ -9,6 +9,9 @@ that cannot be decoded is named, skipped and counted. A stopped run goes on wher
 again.
 """
 
+import common.interrupt  # noqa: F401  the libraries below take seconds to load
+
+# isort: split
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from jsonargparse.typing import PositiveInt
 
 from common.config import CommonSettings, check, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
+from common.files import files_hash
 from data.annotations import find_photos
 from data.journal import Journal
 from data.photos import PhotoBatches
@@ -50,7 +54,8 @@ def main(cfg: Config) -> None:
     photos, device = find_photos(cfg.images, limit=cfg.limit), pick_device(cfg.device)
     folder, decodings = find_checkpoint(cfg.checkpoint), {"caption": cfg.decoding}
     settings = {"checkpoint": folder, "decoding": asdict(cfg.decoding), "precision": cfg.precision, "seed": cfg.seed}
-    journal = Journal(cfg.output, {"caption": settings | {"versions": library_versions()}}, cfg.overwrite)
+    settings |= {"checkpoint_files": files_hash(folder), "versions": library_versions()}
+    journal = Journal(cfg.output, {"caption": settings}, cfg.overwrite)
 
     model = load_captioner(folder)
     model.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")

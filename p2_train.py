@@ -11,6 +11,9 @@ SIGTERM or Ctrl-C lets the step end, saves and stops; a second one stops at once
 once, and the run goes on from its last save.
 """
 
+import common.interrupt  # noqa: F401  the libraries below take seconds to load
+
+# isort: split
 import math
 import sys
 import time
@@ -38,7 +41,7 @@ from models.checkpoint import find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
 from models.decoder import check_decoder
 from models.encoder import check_encoder
-from models.run_folder import begin_run, resumed_state, settings_of
+from models.run_folder import begin_run, inputs_hash, resumed_state, settings_of
 from models.splits import Split, prepare_split, weigh_by_agreement
 from pages.figures import plot_losses
 
@@ -108,6 +111,8 @@ def check_settings(cfg: Config) -> None:
     problems += training.check_stage("align", cfg.align) + training.check_stage("finetune", cfg.finetune)
     if not cfg.align.epochs and not cfg.finetune.epochs:
         problems.append("finetune.epochs: expected at least one stage that trains, got 0 epochs in all")
+    if cfg.lora.rank > 2**14:  # wider than any decoder
+        problems.append(f"lora.rank: expected {2**14} at most, got {cfg.lora.rank}")
     if cfg.batch_size % cfg.captions_per_row:
         expected = f"a multiple of captions_per_row {cfg.captions_per_row}"
         problems.append(f"batch_size: expected {expected}, got {cfg.batch_size}")
@@ -160,8 +165,13 @@ class Trainer:
         parts = {"optimizer": optimizer, "schedule": schedule, "average": average}
         if accelerator.scaler:
             parts["scaler"] = accelerator.scaler
-        for part in self.state.keys() & parts.keys():  # resumed inside this stage
-            parts[part].load_state_dict(self.state.pop(part))
+        try:
+            for part in self.state.keys() & parts.keys():  # resumed inside this stage
+                parts[part].load_state_dict(self.state.pop(part))
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"resume: last/trainer.pt is of another run: {error!r:.99}; --overwrite begins anew"
+            ) from None
         for epoch in range(self.state["epoch"], math.ceil(stage.epochs)):
             # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
             steps = self.optimizer_steps(order=1000 * cfg.seed + 100 * list(training.STAGES).index(name) + epoch)
@@ -329,14 +339,17 @@ def main(cfg: Config) -> None:
     if cfg.consensus:
         scores = agreement({photo.stem: list(photo.captions) for photo in train.photos})
         weigh_by_agreement(train, scores, cfg.consensus)
+    inputs = inputs_hash(train, val)
     if state:
+        if state.get("inputs", inputs) != inputs:
+            raise UserError("resume: photos or captions are not those that the run began with; --overwrite begins anew")
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
         cuda_rng = state.pop("cuda_rng", None)
         if cuda_rng is not None and accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_rng, accelerator.device)
     trainer = Trainer(cfg, accelerator, captioner, train, val)
-    trainer.state |= (state or {}) | {"processes": accelerator.num_processes}
+    trainer.state |= (state or {}) | {"processes": accelerator.num_processes, "inputs": inputs}
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()

@@ -7,9 +7,13 @@
 
 The output folder gets a PNG for each photo (a tile for each word) and index.html, a page of all photos to read word by
 word. With --instances, masks of what is in the photos, grounding.json and a table tell how well each method's maps lie
-on what the words name, beside controls that show what chance gives.
+on what the words name, beside controls that show what chance gives. A stopped run goes on in its folder when the same
+command is given again; with --instances it begins anew there.
 """
 
+import common.interrupt  # noqa: F401  the libraries below take seconds to load
+
+# isort: split
 import json
 import sys
 from dataclasses import dataclass, field
@@ -23,20 +27,22 @@ from tqdm import tqdm
 
 from common.config import CommonSettings, NothingDone, UserError, check, plain, run
 from common.device import Precision, pick_device, torch_dtype
-from common.files import check_apart, check_output, folder_problems, read_text, write_json
+from common.files import check_apart, files_hash, folder_problems, lock, read_text, write_json
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
+from data.journal import PhotoRows
 from data.photos import LoadedPhoto, Photo, PhotoBatches
 from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named, ground
 from metrics.object_words import phrases
 from models.attention import EXTRAS
 from models.attribution import CHEAP, METHODS, Unit, split_units
-from models.checkpoint import load_captioner
+from models.checkpoint import find_checkpoint, load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 from models.interface import CaptionModel
 from models.vlm import PROMPT, Fit, Quantize, check_model, load_vlm
 from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
 
+UNFINISHED = "unfinished.jsonl"  # in the output folder, until all is done
 Grounded = dict[Photo, list[tuple[list[int], list[Named]]]]  # a photo's captions, and the objects that each names
 
 
@@ -101,7 +107,8 @@ def check_settings(cfg: Config) -> None:
         problems.append("instances: grounding is of words and redraws weights; expected unit word and quantize none")
     if not cfg.pictures and not cfg.instances:
         problems.append("pictures: false leaves the grounding scores alone to be done; expected instances with it")
-    problems += folder_problems(cfg.output, cfg.overwrite, "give another name, or --overwrite to write into it")
+    replace = cfg.overwrite or (cfg.output / UNFINISHED).exists()
+    problems += folder_problems(cfg.output, replace, "give another name, or --overwrite to write into it")
     check(problems)
 
 
@@ -218,7 +225,10 @@ def finish(drawn: list[dict], table: GroundingTable, cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check_settings(cfg)
     photos, notes, instances = read_inputs(cfg)
-    check_output(cfg.output / "index.html", overwrite=True)
+    unlock = lock(cfg.output / "index.html")
+    settings = plain(cfg) | {"model_files": files_hash(cfg.model or find_checkpoint(cfg.checkpoint))}
+    del settings["overwrite"]
+    rows = PhotoRows(cfg.output / UNFINISHED, settings, cfg.overwrite)
     model = load_model(cfg)
     if cfg.annotations:
         model.check_room(max(len(model.ids(text)) for photo in photos for text in photo.captions), "annotations")
@@ -226,8 +236,11 @@ def main(cfg: Config) -> None:
         (cfg.output / older).unlink(missing_ok=True)
 
     names = [name for name in METHODS if name in {*cfg.methods, cfg.method}]
-    drawn, grounded, table = [], {}, GroundingTable(cfg.seed)
-    for batch in PhotoBatches(photos, cfg.batch_size, cfg.workers, "attention"):
+    about = {photo.stem: [list(photo.captions), notes.get(photo.stem)] for photo in photos}
+    drawn = {photo.stem: None if instances else rows.get(photo, about[photo.stem]) for photo in photos}
+    left = [photo for photo in photos if not drawn[photo.stem]]
+    grounded, table = {}, GroundingTable(cfg.seed)
+    for batch in PhotoBatches(left, cfg.batch_size, cfg.workers, "attention", done=len(photos) - len(left)):
         captions = captions_of(model, batch, cfg)
         for loaded, records in zip(batch, model.attend(batch, captions, set(names) & set(EXTRAS))):
             grid, masks = model.patch_grid(*loaded.image.size), masks_of(loaded, instances) if instances else {}
@@ -240,8 +253,8 @@ def main(cfg: Config) -> None:
                 maps = {name: METHODS[name].maps(record, units, shape) for name in names}
                 named = named_objects(units, masks, grid.box, shape)
                 if named:
-                    rows = maps | table.controls(maps[cfg.method], named, shape)
-                    for name, of_row in rows.items():
+                    controls = table.controls(maps[cfg.method], named, shape)
+                    for name, of_row in (maps | controls).items():
                         table.add(name, loaded.stem, ground(of_row, named, [unit.text for unit in units]))
                     grounded.setdefault(loaded.photo, []).append((record.ids[:-1], named))
                 if cfg.pictures and number == 0:
@@ -249,10 +262,13 @@ def main(cfg: Config) -> None:
                     text, note = model.text(record.ids[:-1]), notes.get(loaded.stem, "")
                     shown = Drawn(loaded.stem, loaded.image, text, units, grid, maps, note, objects)
                     draw_words(shown, cfg.method, cfg.output / f"{loaded.stem}.png")
-                    drawn.append(page_entry(shown))
+                    drawn[loaded.stem] = page_entry(shown)
+                    rows.append(loaded, drawn[loaded.stem], about[loaded.stem])
     if grounded:
         measure_random_weights(model, grounded, table, cfg)
-    finish(drawn, table, cfg)
+    finish([entry for entry in drawn.values() if entry], table, cfg)
+    (cfg.output / UNFINISHED).unlink(missing_ok=True)
+    unlock()
 
 
 if __name__ == "__main__":

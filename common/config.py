@@ -23,8 +23,23 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 T = TypeVar("T")
 
 
+def one_line(text: object, longest: int = 500) -> str:
+    """`text` in one line that a terminal shows as it is: control characters are spelt out, a long middle is left out.
+
+    >>> one_line("a\\n b\\x1b[2J" + 600 * "c", longest=20)
+    'a b\\\\x1b[ ... ccccccc'
+    """
+    words = " ".join(str(text).split())
+    line = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in words)
+    half = (longest - 5) // 2
+    return line if len(line) <= longest else f"{line[: half + 1]} ... {line[-half:]}"
+
+
 class UserError(Exception):
     """A mistake of the user's: its message names the file, key or photo and what was expected. Exit code 2."""
+
+    def __init__(self, message: object):
+        super().__init__(one_line(message))
 
 
 class NothingDone(Exception):
@@ -144,6 +159,8 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
     parser, fields = _parser(Config), field_types(Config)
     check([f"{key}: expected at least one value, got none" for key, value in settings.items() if value == []])
     check([_unknown(key, fields) for key in settings if key not in fields])
+    needed = [key for key, value in settings.items() if value is None and "None" not in fields[key]]
+    check([f"{key}: expected {fields[key]}, got nothing" for key in needed])
     try:
         parsed = parser.instantiate(parser.parse_object(Namespace(settings)))
     except (ArgumentError, TypeError) as error:
@@ -207,16 +224,18 @@ def stop_signals() -> Iterator[list[int]]:
 def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | None = None) -> None:
     """Parse the command line, call `main` with it and end the process with the suite's exit codes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in background jobs of a shell
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows `?` for what it lacks
     name = Path(sys.argv[0]).name
     try:
         main(parse_config(Config, aliases=aliases))
     except (UserError, OSError, MemoryError, RecursionError) as error:  # full disks, paths that the system refuses
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"{name}: error: {text[:2000]}", file=sys.stderr)
+        print(f"{name}: error: {one_line(error) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
     except NothingDone as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(3)
     except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
         sys.exit(130)

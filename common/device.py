@@ -25,7 +25,7 @@ def pick_device(name: str):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(1, device=name).cpu()  # `meta` has no values
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device: {name!r} is not available on this machine") from None

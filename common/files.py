@@ -1,6 +1,7 @@
 """Files and folders that are written whole, files that only grow, and checks of where output goes."""
 
 import atexit
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,19 @@ def read_text(path: Path, expected: str = "a text file") -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; expected {expected}") from None
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; expected {expected}") from None
+
+
+def files_hash(*folders: str | Path) -> str:
+    """Hash of the names and contents of all files in these folders; of a file above 64 MB, its size and its time count.
+
+    What is no folder here, such as the name of a hub's model, counts by its name.
+    """
+    digest = hashlib.blake2b(repr(folders).encode(), digest_size=10)
+    for path in sorted(path for folder in map(Path, folders) for path in folder.rglob("*") if path.is_file()):
+        about = path.stat()
+        digest.update(f"{path} {about.st_size}".encode())
+        digest.update(path.read_bytes() if about.st_size < 2**26 else str(about.st_mtime_ns).encode())
+    return digest.hexdigest()
 
 
 def check_output(path: Path, overwrite: bool, key: str = "output") -> None:

@@ -1,17 +1,20 @@
 """The feature cache: what a frozen encoder gives for each photo, kept on disk, so that no photo is encoded twice.
 
-`FOLDER/FINGERPRINT/ab/abcd....bin` holds one array (P, D) of a photo: FINGERPRINT covers the encoder's weights, layer
-and transform, the file's name is the hash of the photo's bytes. Files are written whole, so that processes may share
-the folder.
+`FOLDER/FINGERPRINT/ab/abcd....bin` holds one array (P, D) of a photo and its CRC-32: FINGERPRINT covers the encoder's
+weights, layer and transform, the file's name is the hash of the photo's bytes. Files are written whole, so that
+processes may share the folder.
 """
 
 import shutil
-from collections.abc import Sequence
+import sys
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common.config import UserError
 from common.files import check_output, written_whole
@@ -22,7 +25,8 @@ class FeatureCache:
 
     def __init__(self, folder: Path, fingerprint: str, shape: tuple[int, int], dtype: type = np.float16):
         self.folder, self.shape, self.dtype = folder / fingerprint, shape, np.dtype(dtype)
-        self.bytes = self.dtype.itemsize * shape[0] * shape[1]
+        self.bytes = self.dtype.itemsize * shape[0] * shape[1] + 4  # of the CRC-32
+        self.damaged = False  # whether a damaged file was met, which is said once
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.bin"
@@ -36,15 +40,22 @@ class FeatureCache:
         array = np.empty(self.shape, self.dtype) if array is None else array
         try:
             with self._path(key).open("rb", buffering=0) as file:
-                return array if file.readinto(array) == self.bytes and not file.read(1) else None
+                file.readinto(array)
+                if file.read(9) == zlib.crc32(array).to_bytes(4):
+                    return array
         except OSError:
             return None
+        if not self.damaged:
+            tqdm.write(f"features: {self._path(key)} is damaged; such photos are encoded anew", file=sys.stderr)
+        self.damaged = True
+        return None
 
     def write(self, key: str, array: np.ndarray) -> None:
         """Keep the array (P, D) of a photo. Raises UserError where it cannot be written."""
         try:
             with written_whole(self._path(key)) as part:
-                part.write_bytes(np.asarray(array, self.dtype).tobytes())
+                content = np.asarray(array, self.dtype).tobytes()
+                part.write_bytes(content + zlib.crc32(content).to_bytes(4))
         except OSError as error:
             raise UserError(f"features: {self.folder} cannot be written: {error.strerror}") from None
 
@@ -61,14 +72,18 @@ class FeatureCache:
 
 
 class Features:
-    """Cached features of some photos, in the order of `keys`, read from disk as they are asked for."""
+    """Cached features of some photos, in the order of `keys`, read from disk as they are asked for.
 
-    def __init__(self, cache: FeatureCache, keys: Sequence[str]):
-        self.cache, self.keys = cache, list(keys)
+    `encode` gives the array (P, D) of a key anew, where the cache has lost it.
+    """
+
+    def __init__(self, cache: FeatureCache, keys: Sequence[str], encode: Callable[[str], np.ndarray]):
+        self.cache, self.keys, self.encode = cache, list(keys), encode
 
     def __getitem__(self, photos: Sequence[int]) -> Tensor:
-        """Indices of B photos -> (B, P, D). Raises UserError where one is no longer in the cache."""
+        """Indices of B photos -> (B, P, D). Raises UserError where one is lost and its file is another by now."""
         features = np.empty((len(photos), *self.cache.shape), self.cache.dtype)
-        if any(self.cache.read(self.keys[photo], row) is None for photo, row in zip(photos, features)):
-            raise UserError(f"features: {self.cache.folder} lacks photos that were in it; start the command again")
+        for photo, row in zip(photos, features):
+            if self.cache.read(self.keys[photo], row) is None:
+                row[:] = self.encode(self.keys[photo])
         return torch.from_numpy(features)

@@ -1,7 +1,8 @@
 """Captioning that survives a kill: every finished photo goes to a journal, the outputs are written when all are done.
 
 `NAME.journal.jsonl` beside the output `NAME.json` holds the run's settings in its first line, then for each photo a
-line [stem, {name of the decoding: [caption, whether it was cut]}]. It is deleted when the outputs have been written.
+line [stem, [hash of its file, null], {name of the decoding: [caption, whether it was cut]}]. It is deleted when the
+outputs have been written.
 """
 
 import json
@@ -10,10 +11,45 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError, changes, check
+from common.config import UserError, changes, check, one_line
 from common.files import JsonLines, check_output, lock
-from data.photos import BadPhoto, LoadedPhoto, Photo
+from data.photos import BadPhoto, LoadedPhoto, Photo, key_of
 from data.predictions import write_predictions, wrong_in_form
+
+
+class PhotoRows:
+    """A row of each photo that is done, kept in the file `path` by a run that may be killed.
+
+    The first line holds the `settings`. A row counts as long as its photo's file is the same, and what the caller says
+    `about` it. `read` checks a row. Raises UserError where the file was begun with other settings, or is damaged.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool, read: Callable[[Any], Any] = dict):
+        self.file, self.settings = JsonLines(path), json.loads(json.dumps(settings, default=str))
+        check_output(path, overwrite=True)
+        if overwrite:
+            path.unlink(missing_ok=True)
+        begun = f"output: {path} was begun with other settings, --overwrite begins anew"
+        try:
+            self.before, *rows = self.file.rows() or [None]
+            changed = [] if self.before is None else changes(self.before, self.settings).items()
+            self.rows = {stem: (about, row if changed else read(row)) for stem, about, row in rows}
+        except (UserError, ValueError, TypeError, LookupError, AttributeError):
+            raise UserError(f"output: {path} is damaged; --overwrite begins anew") from None
+        check([f"{begun}: {key} {change}" for key, change in changed], shown=1)
+
+    def get(self, photo: Photo, about: object = None) -> Any:
+        """The row of a photo; None where there is none that counts."""
+        known, row = self.rows.get(photo.stem, (None, None))
+        return row if known and known == [key_of(photo), about] else None
+
+    def append(self, loaded: LoadedPhoto, row: Any, about: object = None) -> None:
+        """Keep the row of a photo, which has just been done."""
+        if self.before is None:
+            self.before = self.settings
+            self.file.append(self.settings)
+        self.rows[loaded.stem] = [loaded.key, about], row
+        self.file.append([loaded.stem, *self.rows[loaded.stem]])
 
 
 class Journal:
@@ -29,30 +65,21 @@ class Journal:
         self.settings = json.loads(json.dumps(settings, default=str))
         several = len(settings) > 1
         self.outputs = {name: output.with_name(f"{stem}.{name}.json") if several else output for name in settings}
-        self.file = JsonLines(output.with_name(f"{stem}.journal.jsonl"))
+        journal = output.with_name(f"{stem}.journal.jsonl")
         self.captions: dict[str, dict[str, tuple[str, bool]]] = {}
         """{stem: {name of the decoding: (caption, whether it ended at the last allowed token)}}"""
-        check_output(self.file.path, overwrite=True)
         self.unlock = lock(output)
-        if overwrite:
-            self.file.path.unlink(missing_ok=True)
-        self._read()
+        self.rows = PhotoRows(journal, {"decoding": list(settings)} | self.settings, overwrite, self._read)
         for path in self.outputs.values():  # a run killed between its last two steps leaves both journal and output
-            check_output(path, overwrite or bool(self.captions))
+            check_output(path, overwrite or bool(self.rows.rows))
 
-    def _read(self) -> None:
-        try:
-            before, *photos = self.file.rows() or [self.settings]
-            for stem, found in photos:
-                self.captions[stem] = {name: ("" + found[name][0], bool(found[name][1])) for name in before}
-            old, new = ({"decoding": list(settings)} | settings for settings in (before, self.settings))
-        except (UserError, ValueError, TypeError, LookupError, AttributeError):
-            raise UserError(f"output: {self.file.path} is no journal of captions; --overwrite begins anew") from None
-        hint = f"{self.file.path} was begun with other settings, --overwrite begins anew"
-        check([f"output: {hint}: {key} {change}" for key, change in changes(old, new).items()], shown=1)
+    def _read(self, row: dict[str, list]) -> dict[str, tuple[str, bool]]:
+        return {name: ("" + row[name][0], bool(row[name][1])) for name in self.settings}
 
     def missing(self, photos: Sequence[Photo]) -> list[Photo]:
-        """Those of `photos` that have no captions yet."""
+        """Those of `photos` that have no captions yet, or whose file is another one than was captioned."""
+        rows = {photo.stem: self.rows.get(photo) for photo in photos}
+        self.captions = {stem: row for stem, row in rows.items() if row}
         return [photo for photo in photos if photo.stem not in self.captions]
 
     def append(
@@ -62,13 +89,11 @@ class Journal:
 
         `text` turns token ids into a caption. One of as many tokens as its decoding allows was cut.
         """
-        if not self.captions and not self.file.rows():
-            self.file.append(self.settings)
         limits = {name: one["decoding"]["max_new_tokens"] for name, one in self.settings.items()}
         for i, loaded in enumerate(batch):
             ids = {name: captions[name][i] for name in limits}
             self.captions[loaded.stem] = {name: (text(ids[name]), len(ids[name]) == limits[name]) for name in limits}
-            self.file.append([loaded.stem, self.captions[loaded.stem]])
+            self.rows.append(loaded, self.captions[loaded.stem])
 
     def finish(self, photos: Sequence[Photo], bad: Sequence[BadPhoto], meta: dict[str, Any]) -> None:
         """Write the outputs in the order of `photos`, and delete the journal.
@@ -85,7 +110,7 @@ class Journal:
             write_predictions(path, captions, self.settings[name] | meta | {"form": form})
             wrong = ", ".join(f"{len(found)} {kind}" for kind, found in form.items() if found)
             print(f"{len(stems)} captions in {path}" + (f"; of these, wrong in form: {wrong}" if wrong else ""))
-        self.file.path.unlink(missing_ok=True)
+        self.rows.file.path.unlink(missing_ok=True)
         self.unlock()
         if skipped:
-            print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {', '.join(skipped)}")
+            print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {one_line(', '.join(skipped))}")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from common.config import NothingDone
+from common.config import NothingDone, UserError, one_line
 from data.prefetch import prefetch
 
 PHOTO_SUFFIXES = {*".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split()}
@@ -42,12 +42,12 @@ def first_of(names: Sequence[str | Path], shown: int = 5) -> str:
     >>> first_of(["a", "b", "c"], shown=2)
     '3 photos (a, b and 1 more)'
     """
-    listed = ", ".join(str(name)[-120:] for name in names[:shown])
+    listed = ", ".join(one_line(str(name)[-120:]) for name in names[:shown])
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return f"{len(names)} photo{'s' * (len(names) > 1)} ({listed}{rest})"
 
 
-class BadPhoto(Exception):
+class BadPhoto(UserError):
     """A photo that cannot be read: `path`, and `reason` in a few words."""
 
     def __init__(self, path: Path, reason: str):
@@ -91,6 +91,12 @@ def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> Load
     except Exception as error:  # PIL refuses huge photos; decoders of damaged files raise almost anything
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         raise BadPhoto(path, f"cannot be decoded ({reason})") from None
+
+
+def key_of(photo: Photo) -> str | None:
+    """Hash of the file of `photo`, as `LoadedPhoto` has it; None where it cannot be read."""
+    with suppress(BadPhoto):
+        return load_photo(photo, known=bool).key
 
 
 def _decode(content: bytes) -> Image.Image:

@@ -34,19 +34,22 @@ def save_captioner(
 ) -> None:
     """Write what training has learnt to `folder`, which is replaced as a whole once everything is written.
 
-    `extra` are more files {name: object for torch.save}.
+    `extra` are more files {name: object for torch.save}. Raises UserError or OSError where the disk is full.
     """
     (settings,) = captioner.decoder.peft_config.values()
     settings.base_model_name_or_path = captioner.config.decoder.model
-    with folder_written_whole(folder) as part:
-        settings.save_pretrained(part / LORA)
-        for file, state in learnt(captioner).items():
-            save_file({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, part / file)
-        write_json(part / CONFIG, asdict(captioner.config))
-        if captioner.frequencies:
-            write_json(part / FREQUENCIES, asdict(captioner.frequencies), indent=None)
-        for name, value in (extra or {}).items():
-            torch.save(value, part / name)
+    try:
+        with folder_written_whole(folder) as part:
+            settings.save_pretrained(part / LORA)
+            for file, state in learnt(captioner).items():
+                save_file({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, part / file)
+            write_json(part / CONFIG, asdict(captioner.config))
+            if captioner.frequencies:
+                write_json(part / FREQUENCIES, asdict(captioner.frequencies), indent=None)
+            for name, value in (extra or {}).items():
+                torch.save(value, part / name)
+    except (RuntimeError, SafetensorError) as error:  # of a full disk, say; the older folder is kept
+        raise UserError(f"output: {folder} cannot be written: {error}") from None
 
 
 def learnt(captioner: Captioner) -> dict[str, dict[str, Tensor]]:
@@ -84,7 +87,7 @@ def check_checkpoint(folder: Path) -> CaptionerConfig:
     file = folder / CONFIG
     try:
         config = config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, UserError) as error:
+    except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"{file}: expected the settings of a captioner: {error}") from None
     check(check_encoder(config.encoder) + check_decoder(config.decoder))
     for file, state in learnt(build_captioner(config, load_weights=False)).items():

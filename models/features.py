@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import NothingDone
+from common.config import NothingDone, UserError
 from data.features import FeatureCache, Features
-from data.photos import BadPhoto, LoadedPhoto, Photo, PhotoBatches
+from data.photos import BadPhoto, LoadedPhoto, Photo, PhotoBatches, load_photo
 
 
 def open_cache(encoder, folder: Path, dtype: type = np.float16) -> FeatureCache:
@@ -42,7 +42,17 @@ def encode_files(
                 for photo, features in zip(new, encode(encoder, new).float().cpu().numpy()):
                     cache.write(photo.key, features)
     good = [i for i, photo in enumerate(photos) if photo.stem in keys]
-    return Features(cache, [keys[photos[i].stem] for i in good]) if good else None, good, batches.bad
+    paths = {keys[photos[i].stem]: photos[i] for i in good}
+
+    def anew(key: str) -> np.ndarray:
+        loaded = load_photo(paths[key])
+        if loaded.key != key:
+            raise UserError(f"images: {loaded.photo.path} is another photo than when the run began")
+        features = encode(encoder, [loaded])[0].float().cpu().numpy()
+        cache.write(key, features)
+        return features
+
+    return Features(cache, [keys[photos[i].stem] for i in good], anew) if good else None, good, batches.bad
 
 
 class CachedEncoder:

@@ -1,5 +1,6 @@
 """A run folder of training: what begins it, and what a run needs to go on in it."""
 
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -8,15 +9,23 @@ import yaml
 from common.config import UserError, changes, check, flatten, plain
 from common.files import JsonLines, remove_folder, restore_folder, written_whole
 from models.checkpoint import check_checkpoint
+from models.splits import Split
+from models.training import STAGES
 
 ONCE = ("overwrite", "resume", "dry_run")  # settings of one call of the script, not of the run
-# settings that change no result
+# settings that change no result; photos may have moved, and `inputs_hash` tells whether they are the same
 ELSEWHERE = ("device", "features", "output", "data", "images", "val_images", "save_steps", "tracker")
 
 
 def settings_of(cfg: Any) -> dict:
     """What config.yaml holds: all that makes the run what it is, as plain values."""
     return {key: value for key, value in plain(cfg).items() if key not in ONCE}
+
+
+def inputs_hash(*splits: Split | None) -> str:
+    """Hash of all that a run reads of its data: names, files and captions of the photos, in their order."""
+    read = [(split.features.keys, [(one.stem, one.captions) for one in split.photos]) for split in splits if split]
+    return blake2b(repr(read).encode(), digest_size=10).hexdigest()
 
 
 def resumed_state(cfg: Any) -> dict | None:
@@ -36,9 +45,12 @@ def resumed_state(cfg: Any) -> dict | None:
         stored = yaml.safe_load((cfg.output / "config.yaml").read_text(encoding="utf-8"))
         before = flatten(settings_of(type(cfg)())) | flatten(stored)
         state = torch.load(last / "trainer.pt", map_location="cpu", weights_only=True)
-        state["rng"], state["epoch"]
+        if state["stage"] not in STAGES or not all(state[key] >= 0 for key in ("epoch", "step", "steps", "logged")):
+            raise ValueError("no place in a stage")
+        torch.Generator().set_state(state["rng"])
     except Exception as error:  # whatever damage a file can have
-        raise UserError(f"resume: {last} or config.yaml is damaged ({error}); --overwrite begins anew") from None
+        said = str(error)[:100]  # torch goes on with advice to trust the file
+        raise UserError(f"resume: {last} or config.yaml is damaged ({said}); --overwrite begins anew") from None
     changed = changes(before, settings_of(cfg))
     check([f"resume: {key} {change}" for key, change in changed.items() if key not in ELSEWHERE])
     check_checkpoint(last)
@@ -47,9 +59,10 @@ def resumed_state(cfg: Any) -> dict | None:
 
 def begin_run(cfg: Any, resumed: bool, logged: int) -> None:
     """Write config.yaml and keep the first `logged` rows of the metrics log; a new run starts without folders."""
-    if not resumed:
-        remove_folder(cfg.output / "best")
-        remove_folder(cfg.output / "last")
+    for name in () if resumed else ("best", "last", "captioning"):  # captioning: the tracker's
+        remove_folder(cfg.output / name)
+    for left in cfg.output.glob(".*.part"):  # by a killed process
+        remove_folder(left) if left.is_dir() else left.unlink()
     JsonLines(cfg.output / "metrics.jsonl").keep(logged)  # what a killed run logged after its last save is done again
     with written_whole(cfg.output / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")

@@ -97,11 +97,22 @@ def test_a_journal_of_other_settings_is_refused_by_name(tmp_path, photos):
         caption_all(output, photos, seed=1)
     with pytest.raises(UserError, match=r"begins anew: decoding was \['a', 'b'\], is \['a'\]$"):
         Journal(output, {"a": {"model": "m", "decoding": LIMIT, "seed": 0}})
-    for lines in ("{}\nnot a caption\n", '{"a": {}}\n["p0", {}]\n', "[]\n", '{"a": {}}\n["p0", {"a": null}]\n'):
+    begun = (tmp_path / "x.journal.jsonl").read_text()
+    rows = ('["p0", {}]\n', '["p0", ["", null], {"a": [null, 0]}]\n')
+    for lines in ("{}\nnot a caption\n", "[]\n", *(begun + row for row in rows)):
         (tmp_path / "x.journal.jsonl").write_text(lines)
-        with pytest.raises(UserError, match="is no journal of captions"):
+        with pytest.raises(UserError, match="x.journal.jsonl is damaged; --overwrite begins anew"):
             caption_all(output, photos, seed=0)
     assert Journal(output, {"a": {}}, overwrite=True).captions == {}
+
+
+def test_a_photo_that_was_replaced_is_captioned_anew(tmp_path, photos):
+    with pytest.raises(KeyboardInterrupt):
+        caption_all(tmp_path / "x.json", photos, 2)
+    Image.new("RGB", (8, 8), (77, 0, 0)).save(photos[1].path)
+    assert caption_all(tmp_path / "x.json", photos) == [["p1", "p5"], ["p6"]]
+    captions = json.loads((tmp_path / "x.a.json").read_text())
+    assert captions["p0"] == "red 0" and captions["p1"] == "red 77" and list(captions)[:2] == ["p0", "p1"]
 
 
 def test_a_single_decoding_writes_the_output_itself_and_outputs_are_not_replaced(tmp_path, photos, capsys):

@@ -23,6 +23,7 @@ import models.checkpoint
 import p1_llava_caption
 import p2_inference
 import p2_train
+import p3_visualize
 from common.files import JsonLines
 from models.decoder import LoraConfig
 from models.training import Stage
@@ -100,7 +101,8 @@ def results_of(folder: Path) -> dict:
         elif path.name.endswith(".meta.json"):
             found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
         else:  # loss.png and config.yaml name the folder or the day
-            found[name] = path.read_bytes() if path.suffix in (".safetensors", ".json") else b""
+            same = path.suffix in (".safetensors", ".json", ".html", ".png") and path.name != "loss.png"
+            found[name] = path.read_bytes() if same else b""
     return found
 
 
@@ -116,20 +118,23 @@ def jobs(data_root, captioner_config, llava_folder, make_captioner, tmp_path) ->
     )  # fmt: skip
     photos = {"images": data_root / "images" / "train", "device": "cpu", "batch_size": 1, "output": tmp_path}
     ours = p2_inference.Config(checkpoint=tmp_path / "captioner", features=tmp_path / "none", **photos)
+    maps = p3_visualize.Config(checkpoint=tmp_path / "captioner", features=tmp_path / "none", **photos)
     llava = p1_llava_caption.Config(model=str(llava_folder), decoding=["best"], **photos)
-    return {"training": ("p2_train", train), "captions": ("p2_inference", ours), "llava": ("p1_llava_caption", llava)}
+    others = {"captions": ("p2_inference", ours), "llava": ("p1_llava_caption", llava), "maps": ("p3_visualize", maps)}
+    return {"training": ("p2_train", train)} | others
 
 
 def into(folder: Path, cfg):
     """The settings of a script that writes into `folder`, and goes on where that holds a part of its work."""
     if isinstance(cfg, p2_train.Config):
         return dataclasses.replace(cfg, output=folder, resume=True)
-    return dataclasses.replace(cfg, output=folder / "captions.json")
+    return dataclasses.replace(cfg, output=folder if isinstance(cfg, p3_visualize.Config) else folder / "captions.json")
 
 
 def finished(folder: Path) -> bool:
-    """Whether a captioning script has done its work there: it would refuse to begin anew."""
-    return (folder / "captions.json").exists() and not (folder / "captions.journal.jsonl").exists()
+    """Whether a script other than training has done its work there: it would refuse to begin anew."""
+    done = any((folder / name).exists() for name in ("captions.json", "index.html"))
+    return done and not any((folder / name).exists() for name in ("captions.journal.jsonl", "unfinished.jsonl"))
 
 
 def torture(jobs: dict, root: Path) -> list[dict]:
@@ -143,7 +148,7 @@ def torture(jobs: dict, root: Path) -> list[dict]:
         row = {"job": name, "saves": saves, "kills": 0, "in_saves": 0, "lost": 0, "differing": 0}
         table.append(row)
         attempts = 0
-        while row["kills"] < (KILLS // 2 if name == "training" else -(-KILLS // 4)):
+        while row["kills"] < (KILLS // 2 if name == "training" else -(-KILLS // 6)):
             attempts += 1
             folder = root / f"{name}_{attempts}"
             for _ in range(draw.randint(1, 3)):
