@@ -222,9 +222,8 @@ def main(cfg: Config) -> None:
     check_settings(cfg)
     photos, notes, instances = read_inputs(cfg)
     unlock = lock(cfg.output / "index.html")
-    settings = plain(cfg) | {"model_files": files_hash(cfg.model or find_checkpoint(cfg.checkpoint))}
-    del settings["overwrite"]
-    rows = PhotoRows(cfg.output / UNFINISHED, settings, cfg.overwrite)
+    files = {"overwrite": None, "model_files": files_hash(cfg.model or find_checkpoint(cfg.checkpoint))}
+    rows = PhotoRows(cfg.output / UNFINISHED, plain(cfg) | files, cfg.overwrite)
     model = load_model(cfg)
     if cfg.annotations:
         model.check_room(max(len(model.ids(text)) for photo in photos for text in photo.captions), "annotations")

@@ -269,7 +269,7 @@ def test_a_full_disk_ends_training_in_one_line_and_it_goes_on_where_space_return
 
 @pytest.mark.parametrize("script", [p1_llava_caption, p2_inference, p3_visualize], ids=lambda script: script.__name__)
 def test_a_full_disk_loses_no_caption(script, trained, data_root, llava_folder, small_disk, tmp_path):
-    shared = {"images": data_root / "images/train", "device": "cpu", "batch_size": 1}
+    shared = {"images": data_root / "images/train", "device": "cpu", "batch_size": 1, "limit": 3}
     source = {"model": str(llava_folder)} if script is p1_llava_caption else {"checkpoint": trained.output}
     shared |= source if script is p1_llava_caption else source | {"features": tmp_path / "none"}
     name = "maps" if script is p3_visualize else "captions.json"
