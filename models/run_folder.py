@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from common.config import UserError, changes, check, flatten, plain
-from common.files import JsonLines, remove_folder, restore_folder, written_whole
+from common.files import JsonLines, remove_folder, remove_parts, restore_folder, written_whole
 from models.checkpoint import check_checkpoint
 from models.splits import Split
 from models.training import STAGES
@@ -76,8 +76,7 @@ def begin_run(cfg: Any, resumed: bool, logged: int) -> None:
     """Write config.yaml and keep the first `logged` rows of the metrics log; a new run starts without folders."""
     for name in () if resumed else ("best", "last", "captioning"):  # captioning: the tracker's
         remove_folder(cfg.output / name)
-    for left in cfg.output.glob(".*.part"):  # by a killed process
-        remove_folder(left) if left.is_dir() else left.unlink()
+    remove_parts(cfg.output)
     JsonLines(cfg.output / "metrics.jsonl").keep(logged)  # what a killed run logged after its last save is done again
     with written_whole(cfg.output / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")
