@@ -41,7 +41,7 @@ from models.checkpoint import find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
 from models.decoder import check_decoder
 from models.encoder import check_encoder
-from models.run_folder import begin_run, inputs_hash, resumed_state, settings_of
+from models.run_folder import begin_run, inputs_hash, restore_parts, resumed_state, settings_of
 from models.splits import Split, prepare_split, weigh_by_agreement
 from pages.figures import plot_losses
 
@@ -165,13 +165,7 @@ class Trainer:
         parts = {"optimizer": optimizer, "schedule": schedule, "average": average}
         if accelerator.scaler:
             parts["scaler"] = accelerator.scaler
-        try:
-            for part in self.state.keys() & parts.keys():  # resumed inside this stage
-                parts[part].load_state_dict(self.state.pop(part))
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"resume: last/trainer.pt is of another run: {error!r:.99}; --overwrite begins anew"
-            ) from None
+        restore_parts(self.state, parts)
         for epoch in range(self.state["epoch"], math.ceil(stage.epochs)):
             # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
             steps = self.optimizer_steps(order=1000 * cfg.seed + 100 * list(training.STAGES).index(name) + epoch)
@@ -339,10 +333,8 @@ def main(cfg: Config) -> None:
     if cfg.consensus:
         scores = agreement({photo.stem: list(photo.captions) for photo in train.photos})
         weigh_by_agreement(train, scores, cfg.consensus)
-    inputs = inputs_hash(train, val)
+    inputs = inputs_hash(state or {}, train, val)
     if state:
-        if state.get("inputs", inputs) != inputs:
-            raise UserError("resume: photos or captions are not those that the run began with; --overwrite begins anew")
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
         cuda_rng = state.pop("cuda_rng", None)

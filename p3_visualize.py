@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common.config import CommonSettings, NothingDone, UserError, check, plain, run
 from common.device import Precision, pick_device, torch_dtype
-from common.files import check_apart, files_hash, folder_problems, lock, read_text, write_json
+from common.files import check_apart, files_hash, folder_problems, lock, read_text, remove_parts, write_json
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.journal import PhotoRows
@@ -226,12 +226,12 @@ def main(cfg: Config) -> None:
     check_settings(cfg)
     photos, notes, instances = read_inputs(cfg)
     unlock = lock(cfg.output / "index.html")
-    settings = plain(cfg) | {"model_files": files_hash(cfg.model or find_checkpoint(cfg.checkpoint))}
-    del settings["overwrite"]
-    rows = PhotoRows(cfg.output / UNFINISHED, settings, cfg.overwrite)
+    files = {"overwrite": None, "model_files": files_hash(cfg.model or find_checkpoint(cfg.checkpoint))}
+    rows = PhotoRows(cfg.output / UNFINISHED, plain(cfg) | files, cfg.overwrite)
     model = load_model(cfg)
     if cfg.annotations:
         model.check_room(max(len(model.ids(text)) for photo in photos for text in photo.captions), "annotations")
+    remove_parts(cfg.output)
     for older in ("index.html", "grounding.json"):
         (cfg.output / older).unlink(missing_ok=True)
 

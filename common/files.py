@@ -154,6 +154,12 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_parts(folder: Path) -> None:
+    """Delete what killed processes have left half written in `folder`, into which no other process writes now."""
+    for part in folder.glob(".*.part"):
+        remove_folder(part) if part.is_dir() else part.unlink()
+
+
 # ------------------------------------------------------------------------------------------- files that grow
 
 

@@ -5,7 +5,13 @@ import signal
 import sys
 from pathlib import Path
 
+
+def _stop(*_: object) -> None:
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
+
 # Only for a script of this suite, whose `common.config.run` takes over later; a shell's background jobs ignore Ctrl-C.
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1]:
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130 + 0 * os.write(2, b"stopped\n")))
+own = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1]
+if own and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, _stop)

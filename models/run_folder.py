@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from common.config import UserError, changes, check, flatten, plain
-from common.files import JsonLines, remove_folder, restore_folder, written_whole
+from common.files import JsonLines, remove_folder, remove_parts, restore_folder, written_whole
 from models.checkpoint import check_checkpoint
 from models.splits import Split
 from models.training import STAGES
@@ -22,10 +22,25 @@ def settings_of(cfg: Any) -> dict:
     return {key: value for key, value in plain(cfg).items() if key not in ONCE}
 
 
-def inputs_hash(*splits: Split | None) -> str:
-    """Hash of all that a run reads of its data: names, files and captions of the photos, in their order."""
+def inputs_hash(state: dict, *splits: Split | None) -> str:
+    """Hash of all that a run reads of its data: names, files and captions of the photos, in their order.
+
+    Raises UserError where it is not that of the `state` of a resumed run.
+    """
     read = [(split.features.keys, [(one.stem, one.captions) for one in split.photos]) for split in splits if split]
-    return blake2b(repr(read).encode(), digest_size=10).hexdigest()
+    found = blake2b(repr(read).encode(), digest_size=10).hexdigest()
+    if state.get("inputs", found) != found:
+        raise UserError("resume: photos or captions are not those that the run began with; --overwrite begins anew")
+    return found
+
+
+def restore_parts(state: dict, parts: dict) -> None:
+    """Give each of `parts` (optimizer, schedule ...) what `state` holds of it, once. Raises UserError."""
+    try:
+        for part in state.keys() & parts.keys():
+            parts[part].load_state_dict(state.pop(part))
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"resume: last/trainer.pt is of another run ({error!r:.99})") from None
 
 
 def resumed_state(cfg: Any) -> dict | None:
@@ -61,8 +76,7 @@ def begin_run(cfg: Any, resumed: bool, logged: int) -> None:
     """Write config.yaml and keep the first `logged` rows of the metrics log; a new run starts without folders."""
     for name in () if resumed else ("best", "last", "captioning"):  # captioning: the tracker's
         remove_folder(cfg.output / name)
-    for left in cfg.output.glob(".*.part"):  # by a killed process
-        remove_folder(left) if left.is_dir() else left.unlink()
+    remove_parts(cfg.output)
     JsonLines(cfg.output / "metrics.jsonl").keep(logged)  # what a killed run logged after its last save is done again
     with written_whole(cfg.output / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings_of(cfg), sort_keys=False), encoding="utf-8")

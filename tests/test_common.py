@@ -212,7 +212,7 @@ def test_exit_codes_and_single_lines(tmp_path):
     assert done["--how", "mistake"] == ("script.py: error: how: expected something else\n", 2)
     assert done["--how", "nothing"] == ("script.py: none of 3 photos could be decoded\n", 3)
     assert done["--how", "full"] == ("script.py: error: [Errno 28] No space left on device: 'x.json'\n", 2)
-    assert done["--how", "int"] == ("", 130)
+    assert done["--how", "int"] == ("script.py: stopped\n", 130)
     assert done["--how", "term"] == ("", 128 + signal.SIGTERM)
     assert done["--who", "x"] == ("script.py: error: who: unknown setting; did you mean how?\n", 2)
     assert "Traceback" in done["--how", "fault"][0] and done["--how", "fault"][1] == 1  # our faults are not hidden

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -269,7 +270,7 @@ def test_a_full_disk_ends_training_in_one_line_and_it_goes_on_where_space_return
 
 @pytest.mark.parametrize("script", [p1_llava_caption, p2_inference, p3_visualize], ids=lambda script: script.__name__)
 def test_a_full_disk_loses_no_caption(script, trained, data_root, llava_folder, small_disk, tmp_path):
-    shared = {"images": data_root / "images/train", "device": "cpu", "batch_size": 1}
+    shared = {"images": data_root / "images/train", "device": "cpu", "batch_size": 1, "limit": 3}
     source = {"model": str(llava_folder)} if script is p1_llava_caption else {"checkpoint": trained.output}
     shared |= source if script is p1_llava_caption else source | {"features": tmp_path / "none"}
     name = "maps" if script is p3_visualize else "captions.json"
@@ -311,3 +312,15 @@ def test_two_thousand_steps_keep_memory_files_and_threads_flat(trained, tmp_path
         print(f"\n{len(seen)} steps; slopes in 1,000 steps: {said}")
     assert len(seen) == steps and abs(slopes[1]) < 5 and abs(slopes[2]) < 5
     assert slopes[0] < (5 if steps >= 2000 else 100)
+
+
+@pytest.mark.parametrize("script", ["p1_llava_caption", "p2_train", "p2_inference", "p3_visualize", "evaluate"])
+def test_ctrl_c_while_libraries_load_is_one_line(script, tmp_path):
+    stand_in = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    (tmp_path / "torch.py").write_text(stand_in)
+    # background jobs of a shell start with SIGINT ignored
+    allow = "import signal, sys, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    allow += "sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", allow, f"{script}.py"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
