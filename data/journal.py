@@ -2,22 +2,30 @@
 
 `NAME.journal.jsonl` beside the output `NAME.json` holds the run's settings in its first line, then for each photo a
 line [stem, {name of the decoding: [caption, whether it was cut]}]. It is deleted when the outputs have been written.
+Several processes divide the photos. Each has a journal, the second NAME.journal1.jsonl; a start with any number of
+processes reads them all, and the first process writes the outputs when the last has done its share.
 """
 
+import glob
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError, changes, check
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from common.config import NothingDone, UserError, changes, check
 from common.files import JsonLines, check_output, lock
 from data.photos import BadPhoto, LoadedPhoto, Photo
 from data.predictions import write_predictions, wrong_in_form
 
 
 class Journal:
-    """The captions of one run so far, by one decoding or several.
+    """The captions of one run so far, by one decoding or several, of one process or several.
 
     `settings` {name of the decoding: what its captions are made with} go into the meta files; `decoding` in them is a
     `models.decoding.Decoding` as a dictionary. The predictions of a single decoding go to `output`, of several to
@@ -29,31 +37,44 @@ class Journal:
         self.settings = json.loads(json.dumps(settings, default=str))
         several = len(settings) > 1
         self.outputs = {name: output.with_name(f"{stem}.{name}.json") if several else output for name in settings}
-        self.file = JsonLines(output.with_name(f"{stem}.journal.jsonl"))
+        # gloo, accelerate's choice for a CPU, is enough to wait for each other: a day, since shares take unequal times
+        self.processes = PartialState(cpu="RANK" in os.environ, timeout=timedelta(days=1))
+        number = self.processes.process_index or ""
+        self.file = JsonLines(output.with_name(f"{stem}.journal{number}.jsonl"))
+        self.all_files = f"{glob.escape(stem)}.journal*.jsonl"
         self.captions: dict[str, dict[str, tuple[str, bool]]] = {}
         """{stem: {name of the decoding: (caption, whether it ended at the last allowed token)}}"""
         check_output(self.file.path, overwrite=True)
-        self.unlock = lock(output)
-        if overwrite:
-            self.file.path.unlink(missing_ok=True)
-        self._read()
-        for path in self.outputs.values():  # a run killed between its last two steps leaves both journal and output
-            check_output(path, overwrite or bool(self.captions))
+        with self.processes.main_process_first():
+            self.unlock = lock(output) if self.processes.is_main_process else lambda: None
+            for file in self._files() if overwrite and self.processes.is_main_process else ():
+                file.path.unlink()
+            self._read()
+            self.begun = bool(self.file.rows())
+            for path in self.outputs.values():  # a run killed between its last steps leaves both journal and output
+                check_output(path, overwrite or bool(self.captions))
+        self.processes.wait_for_everyone()  # they divide what is missing, so all must have read the same
+
+    def _files(self) -> list[JsonLines]:
+        return [JsonLines(path) for path in sorted(self.file.path.parent.glob(self.all_files))]
 
     def _read(self) -> None:
-        try:
-            before, *photos = self.file.rows() or [self.settings]
-            for stem, found in photos:
-                self.captions[stem] = {name: ("" + found[name][0], bool(found[name][1])) for name in before}
-            old, new = ({"decoding": list(settings)} | settings for settings in (before, self.settings))
-        except (UserError, ValueError, TypeError, LookupError, AttributeError):
-            raise UserError(f"output: {self.file.path} is no journal of captions; --overwrite begins anew") from None
-        hint = f"{self.file.path} was begun with other settings, --overwrite begins anew"
-        check([f"output: {hint}: {key} {change}" for key, change in changes(old, new).items()], shown=1)
+        """Take in the journals of all processes."""
+        for file in self._files():
+            try:
+                before, *photos = file.rows() or [self.settings]
+                for stem, found in photos:
+                    self.captions[stem] = {name: ("" + found[name][0], bool(found[name][1])) for name in before}
+                old, new = ({"decoding": list(settings)} | settings for settings in (before, self.settings))
+            except (UserError, ValueError, TypeError, LookupError, AttributeError):
+                raise UserError(f"output: {file.path} is no journal of captions; --overwrite begins anew") from None
+            hint = f"{file.path} was begun with other settings, --overwrite begins anew"
+            check([f"output: {hint}: {key} {change}" for key, change in changes(old, new).items()], shown=1)
 
     def missing(self, photos: Sequence[Photo]) -> list[Photo]:
-        """Those of `photos` that have no captions yet."""
-        return [photo for photo in photos if photo.stem not in self.captions]
+        """Those of `photos` that have no captions yet, or this process's share of them."""
+        missing = [photo for photo in photos if photo.stem not in self.captions]
+        return missing[self.processes.process_index :: self.processes.num_processes]
 
     def append(
         self, batch: Sequence[LoadedPhoto], captions: dict[str, list[list[int]]], text: Callable[[list[int]], str]
@@ -62,8 +83,9 @@ class Journal:
 
         `text` turns token ids into a caption. One of as many tokens as its decoding allows was cut.
         """
-        if not self.captions and not self.file.rows():
+        if not self.begun:
             self.file.append(self.settings)
+            self.begun = True
         limits = {name: one["decoding"]["max_new_tokens"] for name, one in self.settings.items()}
         for i, loaded in enumerate(batch):
             ids = {name: captions[name][i] for name in limits}
@@ -71,12 +93,17 @@ class Journal:
             self.file.append([loaded.stem, self.captions[loaded.stem]])
 
     def finish(self, photos: Sequence[Photo], bad: Sequence[BadPhoto], meta: dict[str, Any]) -> None:
-        """Write the outputs in the order of `photos`, and delete the journal.
+        """Write the outputs in the order of `photos`, and delete the journals, when all processes have come here.
 
         The meta files get the settings, `meta`, the seconds since the journal was made, the `bad` photos with their
-        reasons, and the captions that are wrong in form.
+        reasons, and the captions that are wrong in form. Raises NothingDone where no photo could be decoded.
         """
-        skipped = {error.path.name: error.reason for error in bad}
+        skipped = dict(sorted(gather_object([(error.path.name, error.reason) for error in bad])))
+        if not self.processes.is_main_process:
+            return
+        self._read()
+        if not self.captions:
+            raise NothingDone(f"none of {len(skipped)} photos could be decoded")
         meta = meta | {"seconds": round(time.monotonic() - self.start, 2), "skipped": skipped}
         stems = [photo.stem for photo in photos if photo.stem in self.captions]
         for name, path in self.outputs.items():
@@ -85,7 +112,8 @@ class Journal:
             write_predictions(path, captions, self.settings[name] | meta | {"form": form})
             wrong = ", ".join(f"{len(found)} {kind}" for kind, found in form.items() if found)
             print(f"{len(stems)} captions in {path}" + (f"; of these, wrong in form: {wrong}" if wrong else ""))
-        self.file.path.unlink(missing_ok=True)
+        for file in self._files():
+            file.path.unlink()
         self.unlock()
         if skipped:
             print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {', '.join(skipped)}")

@@ -11,7 +11,7 @@ from models.checkpoint import check_checkpoint
 
 ONCE = ("overwrite", "resume", "dry_run")  # settings of one call of the script, not of the run
 # settings that change no result
-ELSEWHERE = ("device", "features", "output", "data", "images", "val_images", "save_steps", "tracker")
+ELSEWHERE = "device features output data images val_images save_steps tracker gradient_accumulation".split()
 
 
 def settings_of(cfg: Any) -> dict:
