@@ -38,7 +38,7 @@ class Config(CommonSettings):
     """Settings of a captioning run over a corpus."""
 
     images: Path
-    """Parquet or JSON lines (`key`, and `path` or `bytes`) or WebDataset's .tar, a file or a folder of them; or photos."""
+    """A file or folder of Parquet or JSON lines (`key`, and `path` or `bytes`), of WebDataset's .tar, or of photos."""
     output: Path
     """Folder of parts to write."""
     checkpoint: Path | None = None
@@ -76,35 +76,31 @@ class PartCaptioner:
         """Caption and write a part, given as a pandas frame; returns how many photos it has and how many failed."""
         from pandas import DataFrame
 
-        rows = DataFrame(self.caption(part.to_dict("records")), dtype="string")
-        # a part that is done again has the same keys, so it takes the place of the first
-        name = hashlib.blake2b("\n".join(rows["key"]).encode(), digest_size=12).hexdigest()
-        with written_whole(self.cfg.output / f"part-{name}.{self.cfg.form}") as file:
-            if self.cfg.form == "parquet":
-                rows.to_parquet(file)
-            else:
-                rows.to_json(file, orient="records", lines=True, force_ascii=False)
-        return DataFrame({"photos": [len(rows)], "failed": [rows["caption"].isna().sum()]})
-
-    def caption(self, rows: list[dict]) -> list[dict]:
-        """Rows of `key` and `path` or `bytes` -> rows of key, caption and error, in the same order."""
-        cfg, captions = self.cfg, {}
+        cfg, rows = self.cfg, part.to_dict("records")
         root = cfg.images if cfg.images.is_dir() else cfg.images.parent  # of relative paths
-        photos = [
-            Photo(row["key"], root / row["path"] if row.get("path") else None, content=row.get("bytes")) for row in rows
-        ]
-        batches = PhotoBatches(photos, cfg.batch_size)
+        paths = [root / row["path"] if row.get("path") else None for row in rows]
+        photos = [Photo(row["key"], path, content=row.get("bytes")) for row, path in zip(rows, paths)]
+        captions, errors = self.caption(photos)
+        columns = {"key": part["key"], "caption": captions, "error": errors}
+        # a part that is done again has the same keys, so it takes the place of the first
+        name = hashlib.blake2b("\n".join(part["key"]).encode(), digest_size=12).hexdigest()
+        with written_whole(cfg.output / f"part-{name}.{cfg.form}") as file:
+            frame = DataFrame(columns, dtype="string")
+            frame.to_parquet(file) if cfg.form == "parquet" else frame.to_json(file, orient="records", lines=True)
+        return DataFrame({"photos": [len(rows)], "failed": [captions.count(None)]})
+
+    def caption(self, photos: list[Photo]) -> tuple[list[str | None], list[str | None]]:
+        """Captions of N photos, and the reasons why some have none."""
+        batches, captions = PhotoBatches(photos, self.cfg.batch_size), {}
+        name = ["own"] if self.cfg.model else []  # p1_llava_caption.py draws by the name of the decoding too
         with suppress(NothingDone):
             for batch in batches:
-                # P1 draws with the name of the decoding too
-                seeds = {"own": [photo_seed(cfg.seed, *["own"] * bool(cfg.model), photo.stem) for photo in batch]}
-                ids = self.model.generate(batch, {"own": cfg.decoding}, seeds)["own"]
+                seeds = {"own": [photo_seed(self.cfg.seed, *name, photo.stem) for photo in batch]}
+                ids = self.model.generate(batch, {"own": self.cfg.decoding}, seeds)["own"]
                 captions |= {photo.stem: self.model.text(caption) for photo, caption in zip(batch, ids)}
         reasons = {bad.path: bad.reason for bad in batches.bad}
-        return [
-            {"key": one.stem, "caption": captions.get(one.stem), "error": reasons.get(one.path or Path(one.stem))}
-            for one in photos
-        ]
+        errors = [reasons.get(photo.path or Path(photo.stem)) for photo in photos]
+        return [captions.get(photo.stem) for photo in photos], errors
 
 
 def read_corpus(cfg: Config, data):
@@ -113,8 +109,7 @@ def read_corpus(cfg: Config, data):
     kind = next((path.suffix for path in files if path.suffix in (".parquet", ".jsonl", ".tar")), None)
     paths = [str(path) for path in files if path.suffix == kind]
     if kind is None:
-        photos = find_photos(cfg.images, cfg.limit)
-        return data.from_items([{"key": photo.stem, "path": str(photo.path.absolute())} for photo in photos])
+        return data.from_items([{"key": one.stem, "path": str(one.path.absolute())} for one in find_photos(cfg.images)])
     if kind == ".tar":
         return data.read_webdataset(paths, decoder=None).map(read_sample)
     corpus = data.read_parquet(paths) if kind == ".parquet" else data.read_json(paths, lines=True, file_extensions=None)
@@ -138,10 +133,10 @@ def prepare(cfg: Config) -> None:
     check(problems + folder_problems(cfg.output, True, "", marker=SETTINGS))
     if cfg.checkpoint:
         check_checkpoint(find_checkpoint(cfg.checkpoint))
+    lock(cfg.output)
     if cfg.overwrite:
         remove_folder(cfg.output)
     file, made_with = cfg.output / SETTINGS, {key: plain(cfg)[key] for key in MADE_WITH}
-    lock(file)
     changed = changes(json.loads(read_text(file)), made_with) if file.exists() else {}
     check([f"output: {cfg.output} was begun with another {key}: {change}" for key, change in changed.items()], shown=1)
     write_json(file, made_with | {"versions": library_versions()})
@@ -151,28 +146,33 @@ def main(cfg: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
-        from pandas import read_parquet
+        from pandas import DataFrame, read_parquet
     except ImportError:
         raise UserError("ray is not installed; pip install --requirement requirements-ray.txt") from None
     prepare(cfg)
     finished: set[str] = set()
     for part in cfg.output.glob(f"part-*.{cfg.form}"):
-        rows = read_parquet(part).to_dict("records") if cfg.form == "parquet" else JsonLines(part).rows()
-        finished |= {row["key"] for row in rows}
+        rows = read_parquet(part) if cfg.form == "parquet" else DataFrame(JsonLines(part).rows())
+        finished |= set(rows["key"])
     alone = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": cfg.actors + 1, "include_dashboard": False}
     ray.init(log_to_driver=False, **alone)
     corpus, keys = read_corpus(cfg, ray.data), ray.put(list(finished))
     corpus = corpus.limit(cfg.limit) if cfg.limit else corpus
-    missing = corpus.map_batches(lambda rows: rows[~rows["key"].isin(ray.get(keys))], batch_format="pandas")
+
+    def missing(rows):
+        rows = rows.assign(key=rows["key"].astype(str))
+        return rows[~rows["key"].isin(ray.get(keys))]
+
     # Ray joins small files to one block, and one actor would get them all
-    parts = missing.repartition(target_num_rows_per_block=cfg.part_rows).map_batches(
+    corpus = corpus.map_batches(missing, batch_format="pandas").repartition(target_num_rows_per_block=cfg.part_rows)
+    parts = corpus.map_batches(
         PartCaptioner, fn_constructor_args=(cfg,), batch_size=cfg.part_rows, batch_format="pandas", num_cpus=1,
         compute=ray.data.ActorPoolStrategy(size=cfg.actors),
         num_gpus=int("GPU" in ray.cluster_resources() and cfg.device != "cpu"),
     )  # fmt: skip
     new = parts.to_pandas()
-    print(f"{cfg.output}: {len(finished)} photos were done, {new['photos'].sum()} are new")
-    print(f"of these, {new['failed'].sum()} have no caption; the column error says why")
+    photos, failed = (int(new[name].sum()) if len(new) else 0 for name in ("photos", "failed"))
+    print(f"{cfg.output}: {len(finished)} photos were done, {photos} are new; {failed} of these have an error")
 
 
 if __name__ == "__main__":

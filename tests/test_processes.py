@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -83,9 +82,9 @@ def together():
         ]
         for process in processes:
             process.start()
-        if faults and script != "p2_train":  # as the launcher does, which ends the rest as soon as one has died
-            while all(process.is_alive() for process in processes):
-                time.sleep(0.01)
+        if faults and script != "p2_train":  # as the launcher does, which ends the rest
+            for rank in faults:
+                processes[rank].join(60)
             for process in processes:
                 process.terminate()
         for process in processes:
