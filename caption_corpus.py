@@ -24,7 +24,7 @@ from common.config import CommonSettings, NothingDone, UserError, changes, check
 from common.device import Precision, library_versions, pick_device, torch_dtype
 from common.files import JsonLines, folder_problems, lock, read_text, remove_folder, write_json, written_whole
 from data.annotations import find_photos
-from data.photos import PHOTO_SUFFIXES, Photo, PhotoBatches
+from data.photos import PHOTO_SUFFIXES, Photo, PhotoBatches, first_of
 from models.checkpoint import check_checkpoint, find_checkpoint, load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 from models.vlm import PROMPT, check_model, load_vlm
@@ -73,7 +73,7 @@ class PartCaptioner:
         self.model.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
 
     def __call__(self, part):
-        """Caption and write a part, given as a pandas frame; returns how many photos it has and how many failed."""
+        """Caption and write a part, given as a pandas frame; returns the keys of the photos without a caption."""
         from pandas import DataFrame
 
         cfg, rows = self.cfg, part.to_dict("records")
@@ -81,13 +81,12 @@ class PartCaptioner:
         paths = [root / row["path"] if row.get("path") else None for row in rows]
         photos = [Photo(row["key"], path, content=row.get("bytes")) for row, path in zip(rows, paths)]
         captions, errors = self.caption(photos)
-        columns = {"key": part["key"], "caption": captions, "error": errors}
+        frame = DataFrame({"key": part["key"], "caption": captions, "error": errors}, dtype="string")
         # a part that is done again has the same keys, so it takes the place of the first
         name = hashlib.blake2b("\n".join(part["key"]).encode(), digest_size=12).hexdigest()
         with written_whole(cfg.output / f"part-{name}.{cfg.form}") as file:
-            frame = DataFrame(columns, dtype="string")
             frame.to_parquet(file) if cfg.form == "parquet" else frame.to_json(file, orient="records", lines=True)
-        return DataFrame({"photos": [len(rows)], "failed": [captions.count(None)]})
+        return frame[frame["caption"].isna()][["key"]]
 
     def caption(self, photos: list[Photo]) -> tuple[list[str | None], list[str | None]]:
         """Captions of N photos, and the reasons why some have none."""
@@ -170,9 +169,10 @@ def main(cfg: Config) -> None:
         compute=ray.data.ActorPoolStrategy(size=cfg.actors),
         num_gpus=int("GPU" in ray.cluster_resources() and cfg.device != "cpu"),
     )  # fmt: skip
-    new = parts.to_pandas()
-    photos, failed = (int(new[name].sum()) if len(new) else 0 for name in ("photos", "failed"))
-    print(f"{cfg.output}: {len(finished)} photos were done, {photos} are new; {failed} of these have an error")
+    failed = [row["key"] for row in parts.iter_rows()]
+    print(f"{cfg.output}: {len(finished)} photos were done before, the rest is done now")
+    if failed:
+        print(f"{first_of(failed)} could not be decoded; the column error says why")
 
 
 if __name__ == "__main__":

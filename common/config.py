@@ -243,7 +243,7 @@ def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | No
             main(parse_config(Config, aliases=aliases))
     except (UserError, OSError, MemoryError, RecursionError) as error:  # full disks, paths that the system refuses
         text = " ".join(str(error).split()) or type(error).__name__
-        time.sleep(0 if first else 3)  # if the first process says the same, the launcher ends this one meanwhile
+        time.sleep(0 if first else 20)  # if the first process says the same, the launcher ends this one meanwhile
         print(f"{name}: error: {text[:2000]}", file=sys.stderr)
         sys.exit(2)
     except NothingDone as error:
