@@ -7,8 +7,8 @@
 
 Stage `align` trains the projector alone, stage `finetune` the projector and LoRA. A run folder holds config.yaml,
 metrics.jsonl, loss.png, best/ (lowest validation loss) and last/ (where `--resume` goes on, also inside an epoch).
-SIGTERM or Ctrl-C lets the step end, saves and stops; a second one stops at once. Of several processes, each stops at
-once, and the run goes on from its last save.
+SIGTERM or Ctrl-C lets the step end, saves and stops; a second one stops at once. Several processes (docs/scale.md)
+train as one does, and stop together within 20 steps.
 """
 
 import common.interrupt  # noqa: F401  the libraries below take seconds to load
@@ -19,12 +19,14 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from tqdm import tqdm
 
@@ -32,7 +34,7 @@ from common.config import CommonSettings, UserError, check, flatten, run, stop_s
 from common.device import Precision, memory_used, pick_device, torch_dtype
 from common.files import JsonLines, folder_problems, lock
 from data.annotations import read_splits
-from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
+from data.batches import Row, batch_tokens, epoch_batches, parts_of_process
 from data.prefetch import prefetch
 from metrics.cider import agreement
 from models import training
@@ -44,6 +46,8 @@ from models.encoder import check_encoder
 from models.run_folder import begin_run, inputs_hash, restore_parts, resumed_state, settings_of
 from models.splits import Split, prepare_split, weigh_by_agreement
 from pages.figures import plot_losses
+
+LOG_STEPS = 20  # a row of metrics.jsonl after so many steps
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,13 @@ class Config(CommonSettings, CaptionerConfig):
     """Stage 2: projector and LoRA."""
 
     batch_size: PositiveInt = 12
-    """Captions in a batch, for each process."""
+    """Captions of an optimizer step, over all processes and all parts together."""
     captions_per_row: PositiveInt = 1
     """How many captions of one photo share its image prefix in one row. The gradients are the same, with less work."""
     bucket: bool = False
     """Put rows of similar length into one batch, which saves padding."""
     gradient_accumulation: PositiveInt = 1
-    """Batches for each optimizer step."""
+    """Parts that each process takes of a batch, one after another: less memory, the same training."""
     consensus: NonNegativeFloat = 0.0
     """Weight of a caption in training: its agreement (CIDEr-D) with its photo's others, to this power; 0: all 1."""
     ema: ClosedUnitInterval = 0.0
@@ -135,6 +139,7 @@ class Trainer:
     def __init__(self, cfg: Config, accelerator: Accelerator, captioner: Captioner, train: Split, val: Split | None):
         self.cfg, self.accelerator, self.captioner, self.train, self.val = cfg, accelerator, captioner, train, val
         self.model = captioner  # as accelerate wraps it, once a stage has begun
+        self.share = cfg.gradient_accumulation, accelerator.num_processes, accelerator.process_index
         training.prepare_training(captioner, torch_dtype(cfg.precision), accelerator.device)
         self.state = {"stage": next(iter(training.STAGES)), "epoch": 0, "step": 0, "best": math.inf, "logged": 0}
         # steps: of all stages; pending: (loss, tokens) of those that are not yet logged
@@ -145,7 +150,7 @@ class Trainer:
     def run(self) -> None:
         """Train the stages from where `state` says."""
         names = list(training.STAGES)
-        with stop_signals() if self.accelerator.num_processes == 1 else nullcontext([]) as self.stopped_by:
+        with stop_signals() as self.stopped_by:
             for name in names[names.index(self.state["stage"]) :]:
                 self.state["stage"] = name
                 self.train_stage(name)
@@ -157,7 +162,7 @@ class Trainer:
         self.model = accelerator.unwrap_model(self.model)  # its forward keeps the autocast of `prepare`
         accelerator.free_memory()  # the optimizer of the stage before must not be stepped again
         groups = training.set_trainable(self.captioner, name, stage)
-        epoch_steps = len(self.optimizer_steps())
+        epoch_steps = len(self.epoch())
         optimizer = torch.optim.AdamW(groups, weight_decay=stage.weight_decay)
         schedule = training.make_schedule(optimizer, stage, epoch_steps)
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
@@ -168,7 +173,7 @@ class Trainer:
         restore_parts(self.state, parts)
         for epoch in range(self.state["epoch"], math.ceil(stage.epochs)):
             # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
-            steps = self.optimizer_steps(order=1000 * cfg.seed + 100 * list(training.STAGES).index(name) + epoch)
+            steps = self.epoch(order=1000 * cfg.seed + 100 * list(training.STAGES).index(name) + epoch)
             count = round(stage.epochs * epoch_steps) - epoch * epoch_steps  # may be more than there are
             place, start = {"stage": name, "epoch": epoch + 1}, time.monotonic()
             self.train_epoch(place, steps[:count], parts)
@@ -177,51 +182,61 @@ class Trainer:
             self.state |= {"epoch": epoch + 1, "step": 0}
             self.save_last(parts)
 
-    def optimizer_steps(self, order: int | None = None) -> list[tuple[list[list[Row]], int]]:
-        """An epoch, shuffled by the seed `order`: batches of this process and tokens of all, by optimizer step."""
-        cfg, accelerator = self.cfg, self.accelerator
-        batches = epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row, order, cfg.bucket)
-        share = accelerator.num_processes, accelerator.process_index
-        return list(optimizer_steps(batches, cfg.gradient_accumulation, *share))
+    def epoch(self, order: int | None = None) -> list[list[Row]]:
+        """The batches of an epoch, shuffled by the seed `order`: one an optimizer step, of all processes together."""
+        cfg = self.cfg
+        return epoch_batches(self.train.captions, cfg.batch_size, cfg.captions_per_row, order, cfg.bucket)
 
-    def inputs(self, step: tuple[list[list[Row]], int]) -> list[tuple]:
-        """The inputs of an optimizer step's batches: for each the photos' features and the packed captions."""
-        # every process must take part in the exchange of gradients, so an empty batch gets a row, at weight 0
-        spare = [(0, self.train.captions[0][:1])]
-        return [self.train.inputs(batch or spare, self.accelerator.device.type == "cuda") for batch in step[0]]
+    def inputs(self, batch: list[Row]) -> list[tuple]:
+        """The inputs of this process's parts of a batch: for each the photos' features and the packed captions."""
+        # every process must take part in the exchange of gradients, so an empty part gets a row, at weight 0
+        spare, pin = [(0, self.train.captions[0][:1])], self.accelerator.device.type == "cuda"
+        return [self.train.inputs(part or spare, pin) for part in parts_of_process(batch, *self.share)]
 
     def loss(self, model, features: torch.Tensor, packed) -> torch.Tensor:
-        """Sum of the losses of a batch's supervised tokens."""
+        """Sum of the losses of a part's supervised tokens."""
         device = self.accelerator.device
         return model(features.to(device, non_blocking=features.is_pinned()), packed.to(device))[0]
 
-    def train_epoch(self, place: dict, steps: list, parts: dict) -> None:
+    def train_epoch(self, place: dict, steps: list[list[Row]], parts: dict) -> None:
         """Take the optimizer `steps` that are left of an epoch, behind a progress bar; `place` is for the log."""
         state, done, since = self.state, self.state["step"], time.monotonic()
-        label, quiet = "{stage}, epoch {epoch}".format_map(place), not self.accelerator.is_main_process
-        ahead = prefetch(steps[done:], self.inputs)
-        bar = tqdm(ahead, label, initial=done, total=len(steps), mininterval=1, disable=quiet)
+        label, ahead = "{stage}, epoch {epoch}".format_map(place), prefetch(steps[done:], self.inputs)
+        bar = tqdm(ahead, label, initial=done, total=len(steps), mininterval=1)
         self.captioner.train()
-        for inputs, (batches, tokens) in zip(bar, steps[done:]):
-            loss = self.take_step(inputs, batches, tokens, **parts)
+        for inputs, batch in zip(bar, steps[done:]):
+            loss = self.take_step(inputs, batch, **parts)
             state |= {"step": state["step"] + 1, "steps": state["steps"] + 1}
-            state["pending"].append((loss, tokens))
-            if state["step"] % 20 == 0 or state["step"] == len(steps):
+            state["pending"].append((loss, batch_tokens(batch)))
+            together = state["step"] % LOG_STEPS == 0 or state["step"] == len(steps)
+            if together:
                 bar.set_postfix(self.log_losses(place, steps, time.monotonic() - since, **parts))
                 since = time.monotonic()
             parts["schedule"].step()
-            if self.stopped_by or state["step"] % self.cfg.save_steps == 0:
+            stop = self.stop_signal(together)
+            if stop or state["step"] % self.cfg.save_steps == 0:
                 self.save_last(parts)
-            if self.stopped_by:
+            if stop:
                 print(f"\nstopped after step {state['step']} of {label}; --resume goes on", file=sys.stderr)
-                sys.exit(128 + self.stopped_by[0])
+                sys.exit(128 + stop)
 
-    def take_step(self, inputs: list, batches: list, tokens: int, optimizer, average, **_) -> torch.Tensor:
-        """One optimizer step over the batches of this process; returns the sum of their losses."""
+    def stop_signal(self, together: bool) -> int:
+        """The signal that asks to stop, or 0; of several processes only where they are `together` at the log.
+
+        They must stop after the same step, and to ask each other at every step would let a GPU wait.
+        """
+        own = torch.tensor(self.stopped_by[:1] or [0])
+        if self.accelerator.num_processes == 1:
+            return int(own)
+        return int(self.accelerator.gather(own.to(self.accelerator.device)).max()) if together else 0
+
+    def take_step(self, inputs: list, batch: list[Row], optimizer, average, **_) -> torch.Tensor:
+        """One optimizer step over this process's parts of a batch; returns the sum of all processes' losses."""
         accelerator, total = self.accelerator, torch.zeros((), device=self.accelerator.device)
-        for i, batch in enumerate(batches):
-            with accelerator.no_sync(self.model) if i + 1 < len(batches) else nullcontext():
-                loss = self.loss(self.model, *inputs[i]) * bool(batch)
+        parts, tokens = parts_of_process(batch, *self.share), batch_tokens(batch)
+        for i, part in enumerate(parts):
+            with accelerator.no_sync(self.model) if i + 1 < len(parts) else nullcontext():
+                loss = self.loss(self.model, *inputs[i]) * bool(part)
                 # the mean over the whole step's tokens; gradients are averaged over processes, hence the factor
                 accelerator.backward(loss * accelerator.num_processes / tokens)
             total += loss.detach()
@@ -230,7 +245,7 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad()
         average.update()
-        return total
+        return accelerator.reduce(total)
 
     def log_losses(self, place: dict, steps: list, seconds: float, schedule, **_) -> dict[str, float]:
         """Log what the pending steps gave in so many seconds, and return it for the bar.
@@ -238,11 +253,10 @@ class Trainer:
         Raises UserError where a loss is not a number. This is where a GPU has to wait, so it is not done at each step.
         """
         pending, step = self.state["pending"], self.state["step"]
-        losses = torch.stack([loss.to(self.accelerator.device) for loss, _ in pending])
-        losses = self.accelerator.reduce(losses, "sum").tolist()
+        losses = torch.stack([loss.to(self.accelerator.device) for loss, _ in pending]).tolist()
         for number, loss in enumerate(losses, start=step - len(losses)):
             if not math.isfinite(loss):
-                photos = sorted({self.train.photos[photo].stem for batch in steps[number][0] for photo, _ in batch})
+                photos = sorted({self.train.photos[photo].stem for photo, _ in steps[number]})
                 where = f"step {number + 1} of {place['stage']}, epoch {place['epoch']}"
                 raise UserError(f"{where}: the loss is {loss}, photos {', '.join(photos)}; a lower lr may help")
         tokens, lr = sum(tokens for _, tokens in pending), schedule.get_last_lr()[-1]  # of LoRA, where it trains
@@ -294,10 +308,10 @@ class Trainer:
         """Mean loss over all supervised tokens of the validation captions."""
         total = torch.zeros((), device=self.accelerator.device)
         batches = epoch_batches(self.val.captions, self.cfg.batch_size, self.cfg.captions_per_row)
-        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = [part for batch in batches for part in parts_of_process(batch, *self.share) if part]
         for inputs in tqdm(prefetch(mine, self.val.inputs), "validate", total=len(mine), leave=False):
             total += self.loss(self.captioner, *inputs)  # not as wrapped: no process waits for another
-        return self.accelerator.reduce(total, "sum").item() / sum(map(batch_tokens, batches))
+        return self.accelerator.reduce(total).item() / sum(map(batch_tokens, batches))
 
 
 def main(cfg: Config) -> None:
@@ -317,18 +331,16 @@ def main(cfg: Config) -> None:
     if device.index is not None:
         torch.cuda.set_device(device)
     precision = "no" if cfg.precision == "float32" else cfg.precision
-    where = {"log_with": cfg.tracker, "project_dir": cfg.output}
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=5))  # with a process that does not answer
+    where = {"log_with": cfg.tracker, "project_dir": cfg.output, "kwargs_handlers": [patience]}
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **where)
     unlock = lock(cfg.output / "metrics.jsonl") if accelerator.is_main_process else lambda: None
     state = resumed_state(cfg)
-    if state and state.get("step") and state["processes"] != accelerator.num_processes:
-        raise UserError(f"resume: inside an epoch, expected {state['processes']} processes, as when it was saved")
     torch.manual_seed(cfg.seed)
     captioner = build_captioner(model)
     captioner.encoder.to(accelerator.device)
-    with accelerator.main_process_first():  # the others find the features in the cache
-        train = prepare_split(captioner, photos, cfg.features, cfg.skip_bad_photos)
-        val = prepare_split(captioner, val_photos, cfg.features, cfg.skip_bad_photos) if val_photos else None
+    train = prepare_split(captioner, photos, cfg.features, cfg.skip_bad_photos)
+    val = prepare_split(captioner, val_photos, cfg.features, cfg.skip_bad_photos) if val_photos else None
     captioner.frequencies = count_frequencies(photo.captions for photo in train.photos[:20_000])  # enough, if many
     if cfg.consensus:
         scores = agreement({photo.stem: list(photo.captions) for photo in train.photos})
@@ -341,7 +353,7 @@ def main(cfg: Config) -> None:
         if cuda_rng is not None and accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_rng, accelerator.device)
     trainer = Trainer(cfg, accelerator, captioner, train, val)
-    trainer.state |= (state or {}) | {"processes": accelerator.num_processes, "inputs": inputs}
+    trainer.state |= (state or {}) | {"inputs": inputs}
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()
@@ -349,7 +361,7 @@ def main(cfg: Config) -> None:
     trainer.run()
     accelerator.end_training()
     unlock()
-    accelerator.print(f"captioner: {find_checkpoint(cfg.output)}")
+    print(f"captioner: {find_checkpoint(cfg.output)}")
 
 
 if __name__ == "__main__":

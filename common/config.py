@@ -1,18 +1,21 @@
 """The command line of every script: its settings, their help and their faults, and its exit codes.
 
 A script ends with `run(main, Config)`. Exit codes: 0 done; 2 the user's mistake (one line on stderr);
-3 nothing could be done; 130 / 143 stopped by SIGINT / SIGTERM, with its work saved.
+3 nothing could be done; 130 / 143 stopped by SIGINT / SIGTERM, with its work saved. Of several processes, as
+`accelerate launch` and torchrun start them, only the first shows what it does; one that loses another ends with 1.
 """
 
 import dataclasses
 import difflib
 import json
+import os
 import re
 import signal
 import sys
+import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -227,10 +230,12 @@ def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | No
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in background jobs of a shell
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows `?` for what it lacks
-    name = Path(sys.argv[0]).name
+    name, first, nowhere = Path(sys.argv[0]).name, os.environ.get("RANK", "0") == "0", open(os.devnull, "w")
     try:
-        main(parse_config(Config, aliases=aliases))
+        with redirect_stdout(sys.stdout if first else nowhere), redirect_stderr(sys.stderr if first else nowhere):
+            main(parse_config(Config, aliases=aliases))
     except (UserError, OSError, MemoryError, RecursionError) as error:  # full disks, paths that the system refuses
+        time.sleep(0 if first else 20)  # if the first process says the same, the launcher ends this one meanwhile
         print(f"{name}: error: {one_line(error) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
     except NothingDone as error:
@@ -239,3 +244,7 @@ def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | No
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:  # neither gloo nor NCCL has an error of its own for a lost process
+        if "RANK" not in os.environ or not re.search("by peer|timed? ?out|NCCL", str(error), re.IGNORECASE):
+            raise
+        sys.exit(f"{name}: another process has ended or does not answer, so this one ends; the run can go on")

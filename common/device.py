@@ -1,6 +1,7 @@
 """Devices, precision, and the versions of the libraries that results depend on."""
 
 import hashlib
+import os
 import typing
 from importlib.metadata import version
 
@@ -20,10 +21,14 @@ def library_versions() -> dict[str, str]:
 def pick_device(name: str):
     """`auto` is CUDA where it is there, else Apple's MPS, else the CPU; any other name is torch's own.
 
+    Of several processes on a machine, each gets a GPU of its own for `cuda`.
+
     Raises UserError where torch does not know the name or the device is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=name).cpu()  # `meta` has no values
         return torch.device(name)

@@ -1,7 +1,7 @@
 """Which captions go together: rows of one photo's captions, batches of rows, an epoch's order."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 Caption = list[int]  # token ids
 Row = tuple[int, list[Caption]]  # (index of the photo, captions that share its prefix)
@@ -43,14 +43,17 @@ def batch_tokens(batch: Sequence[Row]) -> int:
     return sum(map(row_tokens, batch))
 
 
-def optimizer_steps(
-    batches: Sequence[list[Row]], accumulation: int = 1, processes: int = 1, process: int = 0
-) -> Iterator[tuple[list[list[Row]], int]]:
-    """For each optimizer step the batches of one process, and the supervised tokens of all processes' batches.
+def parts_of_process(
+    batch: Sequence[Row], accumulation: int = 1, processes: int = 1, process: int = 0
+) -> list[list[Row]]:
+    """The parts of a batch that one process takes, one after another: `accumulation` of about equal size.
 
-    Where the last batches of an epoch are fewer than the processes, the processes left over get an empty one.
+    Where the rows are too few there are fewer parts, but each process gets at least one, which may be empty.
+
+    >>> rows = [(photo, [[7, 8]]) for photo in range(5)]
+    >>> [[photo for photo, _ in part] for part in parts_of_process(rows, 2, 2, process=1)]
+    [[1], [3]]
     """
-    together = accumulation * processes
-    for start in range(0, len(batches), together):
-        group = batches[start : start + together]
-        yield group[process::processes] or [[]], sum(map(batch_tokens, group))
+    count = accumulation * processes
+    parts = [list(batch[start::count]) for start in range(process, count, processes)]
+    return [part for part in parts if part] or [[]]

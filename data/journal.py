@@ -3,15 +3,25 @@
 `NAME.journal.jsonl` beside the output `NAME.json` holds the run's settings in its first line, then for each photo a
 line [stem, [hash of its file, null], {name of the decoding: [caption, whether it was cut]}]. It is deleted when the
 outputs have been written.
+
+Several processes divide the photos. Each has a journal, the second NAME.journal1.jsonl; a start with any number of
+processes reads them all, and the first process writes the outputs when the last has done its share.
 """
 
+import glob
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError, changes, check, one_line
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from common.config import NothingDone, UserError, changes, check, one_line
 from common.files import JsonLines, check_output, lock
 from data.photos import BadPhoto, LoadedPhoto, Photo, key_of
 from data.predictions import write_predictions, wrong_in_form
@@ -53,7 +63,7 @@ class PhotoRows:
 
 
 class Journal:
-    """The captions of one run so far, by one decoding or several.
+    """The captions of one run so far, by one decoding or several, of one process or several.
 
     `settings` {name of the decoding: what its captions are made with} go into the meta files; `decoding` in them is a
     `models.decoding.Decoding` as a dictionary. The predictions of a single decoding go to `output`, of several to
@@ -65,22 +75,31 @@ class Journal:
         self.settings = json.loads(json.dumps(settings, default=str))
         several = len(settings) > 1
         self.outputs = {name: output.with_name(f"{stem}.{name}.json") if several else output for name in settings}
-        journal = output.with_name(f"{stem}.journal.jsonl")
         self.captions: dict[str, dict[str, tuple[str, bool]]] = {}
         """{stem: {name of the decoding: (caption, whether it ended at the last allowed token)}}"""
-        self.unlock = lock(output)
-        self.rows = PhotoRows(journal, {"decoding": list(settings)} | self.settings, overwrite, self._read)
-        for path in self.outputs.values():  # a run killed between its last two steps leaves both journal and output
-            check_output(path, overwrite or bool(self.rows.rows))
+        # gloo, accelerate's choice for a CPU, is enough to wait for each other: a day, since shares take unequal times
+        self.processes = PartialState(cpu="RANK" in os.environ, timeout=timedelta(days=1))
+        self.journals = partial(output.parent.glob, f"{glob.escape(stem)}.journal*.jsonl")
+        own = output.with_name(f"{stem}.journal{self.processes.process_index or ''}.jsonl")
+        with self.processes.main_process_first():
+            self.unlock = lock(output) if self.processes.is_main_process else lambda: None
+            for file in self.journals() if overwrite and self.processes.is_main_process else ():
+                file.unlink()
+            begun, files = {"decoding": list(settings)} | self.settings, dict.fromkeys([own, *self.journals()])
+            self.rows = [PhotoRows(file, begun, False, self._read) for file in files]
+            for path in self.outputs.values():  # a run killed between its last steps leaves both journal and output
+                check_output(path, overwrite or any(rows.rows for rows in self.rows))
+        self.processes.wait_for_everyone()  # they divide what is missing, so all must have read the same
 
     def _read(self, row: dict[str, list]) -> dict[str, tuple[str, bool]]:
         return {name: ("" + row[name][0], bool(row[name][1])) for name in self.settings}
 
     def missing(self, photos: Sequence[Photo]) -> list[Photo]:
-        """Those of `photos` that have no captions yet, or whose file is another one than was captioned."""
-        rows = {photo.stem: self.rows.get(photo) for photo in photos}
-        self.captions = {stem: row for stem, row in rows.items() if row}
-        return [photo for photo in photos if photo.stem not in self.captions]
+        """This process's share of those of `photos` that have no captions yet, or whose file has changed since."""
+        for rows in self.rows:
+            self.captions |= {photo.stem: row for photo in photos if (row := rows.get(photo))}
+        missing = [photo for photo in photos if photo.stem not in self.captions]
+        return missing[self.processes.process_index :: self.processes.num_processes]
 
     def append(
         self, batch: Sequence[LoadedPhoto], captions: dict[str, list[list[int]]], text: Callable[[list[int]], str]
@@ -93,15 +112,21 @@ class Journal:
         for i, loaded in enumerate(batch):
             ids = {name: captions[name][i] for name in limits}
             self.captions[loaded.stem] = {name: (text(ids[name]), len(ids[name]) == limits[name]) for name in limits}
-            self.rows.append(loaded, self.captions[loaded.stem])
+            self.rows[0].append(loaded, self.captions[loaded.stem])
 
     def finish(self, photos: Sequence[Photo], bad: Sequence[BadPhoto], meta: dict[str, Any]) -> None:
-        """Write the outputs in the order of `photos`, and delete the journal.
+        """Write the outputs in the order of `photos`, and delete the journals, when all processes have come here.
 
         The meta files get the settings, `meta`, the seconds since the journal was made, the `bad` photos with their
-        reasons, and the captions that are wrong in form.
+        reasons, and the captions that are wrong in form. Raises NothingDone where no photo could be decoded.
         """
-        skipped = {error.path.name: error.reason for error in bad}
+        skipped = dict(sorted(gather_object([(error.path.name, error.reason) for error in bad])))
+        for captions in gather_object([self.captions]):
+            self.captions |= captions
+        if not self.processes.is_main_process:
+            return
+        if not self.captions:
+            raise NothingDone(f"none of {len(skipped)} photos could be decoded")
         meta = meta | {"seconds": round(time.monotonic() - self.start, 2), "skipped": skipped}
         stems = [photo.stem for photo in photos if photo.stem in self.captions]
         for name, path in self.outputs.items():
@@ -110,7 +135,8 @@ class Journal:
             write_predictions(path, captions, self.settings[name] | meta | {"form": form})
             wrong = ", ".join(f"{len(found)} {kind}" for kind, found in form.items() if found)
             print(f"{len(stems)} captions in {path}" + (f"; of these, wrong in form: {wrong}" if wrong else ""))
-        self.rows.file.path.unlink(missing_ok=True)
+        for file in self.journals():
+            file.unlink()
         self.unlock()
         if skipped:
             print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {one_line(', '.join(skipped))}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ class Photo:
     stem: str
     path: Path | None
     captions: tuple[str, ...] = ()
+    content: bytes | None = None
+    """The file's bytes, where they are at hand already."""
 
 
 def first_of(names: Sequence[str | Path], shown: int = 5) -> str:
@@ -77,11 +80,11 @@ def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> Load
     wider grey is scaled to 8 bits, and of an animation the first frame is taken. Raises BadPhoto for what cannot be
     decoded or has more than 178,956,970 pixels.
     """
-    path, content = photo.path, b""
-    if path is None:
-        raise BadPhoto(Path(photo.stem), "its file is not known; name the folder of the photos")
+    path, content = photo.path or Path(photo.stem), photo.content
+    if photo.path is None and content is None:
+        raise BadPhoto(path, "its file is not known; name the folder of the photos")
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if content is None else content
         key = hashlib.blake2b(content, digest_size=16).hexdigest()
         return LoadedPhoto(photo, None if known and known(key) else _decode(content), key)
     except UnidentifiedImageError:
@@ -126,7 +129,8 @@ class PhotoBatches:
     """Photos in lists of `batch_size`, read and decoded ahead by `workers` threads, in order, behind a progress bar.
 
     A photo that cannot be decoded is named on stderr and kept in `bad`; the next one takes its place, so that only the
-    last list may be shorter. Iterating raises NothingDone at the end where no photo was good, neither now nor earlier.
+    last list may be shorter. Iterating raises NothingDone at the end where no photo was good, neither now nor earlier,
+    unless it is one of several processes.
     """
 
     photos: Sequence[Photo]
@@ -146,7 +150,8 @@ class PhotoBatches:
             while batch := list(islice(good, self.batch_size)):
                 yield batch
                 bar.update(len(batch))
-        if self.photos and not self.done and len(self.bad) == len(self.photos):
+        alone = "RANK" not in os.environ  # another process may have found good ones
+        if self.photos and not self.done and len(self.bad) == len(self.photos) and alone:
             raise NothingDone(f"none of {len(self.photos)} photos could be decoded")
 
     def _good(self, bar: tqdm) -> Iterator[LoadedPhoto]:

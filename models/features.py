@@ -1,5 +1,6 @@
 """Photos through a frozen encoder: what the cache on disk holds is read, the rest is encoded once."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,10 +31,14 @@ def encode_files(
 
     Returns the features of the photos that could be decoded (None where none could), the indices of those photos, and
     the errors of the others. Raises UserError where the cache cannot be written or the disk has too little room.
+    Each of several processes begins with its share and then finds the others' in the cache, but for what is not yet
+    there. So a photo is encoded once, and no process waits for another, which may take longer than processes wait.
     """
     cache, keys = open_cache(encoder, folder, dtype), {}
     cache.check_room(len(photos))
-    batches = PhotoBatches(photos, batch_size, workers, "encode photos", known=cache.__contains__)
+    process, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    order = [photo for share in range(process, process + count) for photo in photos[share % count :: count]]
+    batches = PhotoBatches(order, batch_size, workers, "encode photos", known=cache.__contains__)
     with suppress(NothingDone):  # for the caller to say
         for batch in batches:
             keys |= {photo.stem: photo.key for photo in batch}

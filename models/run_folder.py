@@ -14,7 +14,7 @@ from models.training import STAGES
 
 ONCE = ("overwrite", "resume", "dry_run")  # settings of one call of the script, not of the run
 # settings that change no result; photos may have moved, and `inputs_hash` tells whether they are the same
-ELSEWHERE = ("device", "features", "output", "data", "images", "val_images", "save_steps", "tracker")
+ELSEWHERE = "device features output data images val_images save_steps tracker gradient_accumulation".split()
 
 
 def settings_of(cfg: Any) -> dict:
