@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from corpus import __main__ as caption_corpus
 import p2_inference
 from common.config import UserError
+from corpus import __main__ as caption_corpus
 from data.photos import Photo, load_photo
 from models.checkpoint import save_captioner
 
