@@ -21,6 +21,13 @@ def read_text(path: Path, expected: str = "a text file") -> str:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; expected {expected}") from None
 
 
+def begins(path: Path, mark: bytes) -> bool:
+    """Whether a file begins with `mark`; False for what cannot be read."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(mark)) == mark
+    return False
+
+
 def check_output(path: Path, overwrite: bool, key: str = "output") -> None:
     """Make the folder of `path`. Raises UserError where `path` cannot be written, or exists without `overwrite`."""
     try:

@@ -1,35 +1,46 @@
 """Photos and their captions, in folders, lists and annotation files, whose forms are in data/forms.py."""
 
+import glob
 import os
 import sys
 from collections import Counter
-from itertools import takewhile
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import UserError, check
 from common.files import read_text
 from data.forms import EXPECTED, Contents, is_unicode, read_contents
-from data.photos import PHOTO_SUFFIXES, Photo, first_of
+from data.names import PHOTO_SUFFIXES, finder
+from data.photos import Photo, first_of, is_photo
 
 Source = tuple[Path | None, Path | None]  # annotations, folder of photos
+WANTED = "a folder of photos, photos, a list of photos, or an annotation file"
 
 
 def read_annotations(
-    annotations: Path, images: Path | None = None, split: str | None = None, limit: int | None = None
+    annotations: Path,
+    images: Path | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    some_missing: bool = False,
 ) -> list[Photo]:
     """The captioned photos of `annotations` in the file's order, captions in theirs, white space collapsed.
 
     `images` is their folder; without it one beside the file is taken if all of the photos lie there, else each
-    `path` is None. `split` is the name of a split of the file ('train' takes Karpathy's 'restval' too, 'dev' is
-    'val'), or of one of Flickr8k's lists beside it, or the path of a text file with one photo name a line.
-    `limit` keeps the first so many. Photos without a caption are left out: COCO's lists hold some, and there is
-    nothing to learn from them or to score against. So is the one name in Flickr8k's token file that is no photo.
+    `path` is None. With `some_missing` one photo that is there is enough: the others are bad photos when they are
+    opened. A name that is not there means the only file that `data.names` matches with it. `split` is the name of a
+    split of the file ('train' takes Karpathy's 'restval' too, 'dev' is 'val'), or of one of Flickr8k's lists beside
+    it, or the path of a text file with one photo name a line. `limit` keeps the first so many. Photos without a
+    caption are left out: COCO's lists hold some, and there is nothing to learn from them or to score against. So is
+    the one name in Flickr8k's token file that is no photo.
 
     Raises UserError for a file that is of no known form or has faults (unknown or repeated ids, missing keys,
-    captions that are empty or no text), photos that are not in `images`, and two photos of one stem.
+    captions that are no text), and for photos that are not in `images`.
     """
-    contents = read_contents(annotations, read_text(annotations, EXPECTED))
+    contents = read_contents(annotations)
     names = [name for name, captions in contents.captions.items() if captions]
+    if len(names) < len(contents.captions):
+        print(f"{annotations}: {len(contents.captions) - len(names)} photos without a caption", file=sys.stderr)
     if split is not None:
         names = _of_split(annotations, contents, names, split)
     names = names[:limit]
@@ -37,42 +48,52 @@ def read_annotations(
         raise UserError(f"{annotations}: no photo with a caption" + (f" in split {split!r}" if split else ""))
     if images is not None and not os.path.isdir(images):
         raise UserError(f"{images}: not a folder; expected the photos of {annotations}")
-    if images is None:
-        paths = _beside(annotations, names) or [None] * len(names)
-    else:
-        paths = [_in_folder(images, name) for name in names]
-        missing = [name for name, path in zip(names, paths) if path is None]
-        if missing:
-            raise UserError(f"{images}: {first_of(missing)} of {annotations} not there")
-    return _photos(names, paths, contents.captions)
+    folder, paths = _find(annotations, contents, names, [images] if images else _folders_beside(annotations))
+    missing = [name for name, path in zip(names, paths) if path is None]
+    if some_missing and len(missing) < len(names):
+        paths = [path or folder / name for name, path in zip(names, paths)]
+    elif missing and images is not None:
+        there = ", ".join(sorted(os.listdir(images))[:3]) or "nothing"
+        raise UserError(f"{images}: {first_of(missing)} of {annotations} not there; it holds {there} ...")
+    elif missing:
+        paths = [None] * len(names)
+    return _photos(names, paths, contents)
 
 
-def find_photos(images: Path, limit: int | None = None) -> list[Photo]:
+def find_photos(images: Path | Sequence[Path], limit: int | None = None, recursive: bool = False) -> list[Photo]:
     """The photos that `images` stands for, without captions.
 
-    `images` is a folder (its own photos, sorted by name), one photo, a text file with one path a line (relative to
-    that file), or an annotation file (all of its photos, captioned or not, which must lie beside it). What else a
-    folder holds is counted on stderr.
-    Raises UserError where there are none, where a named one is not there, and for two photos of one stem.
+    `images` is a folder (its own photos, sorted by name; with `recursive` those of its subfolders too), a photo, a
+    pattern such as `photos/*.jpg`, a text file with one path a line (relative to that file, or to where the script
+    runs), or an annotation file (all of its photos, captioned or not, which must lie beside it), or several of these.
+    What else a folder holds is counted on stderr.
+    Raises UserError where there are none, and where none of those that are named is there.
     """
-    if os.path.isdir(images):
-        paths = _of_folder(images)[:limit]
-    elif images.suffix.lower() in PHOTO_SUFFIXES and os.path.isfile(images):
-        paths = [images]
-    else:
-        text = read_text(images, "a folder of photos, a photo, a list of photos, or an annotation file")
-        contents = read_contents(images, text, captioned=False)
-        names = list(contents.captions if contents else _lines(text))[:limit]
-        paths = _beside(images, names) if contents else [images.parent / name for name in names]
-        if paths is None:
-            looked = f"looked in {', '.join(map(str, _folders_beside(images)))}"
-            raise UserError(f"{images}: {first_of(names)} do not all lie in one folder beside it; {looked}")
-        missing = [path for path in paths if not os.path.isfile(path)]
-        if missing:
-            raise UserError(f"{images}: {first_of(missing)} not there; expected one path a line")
-    if not paths:
-        raise UserError(f"{images}: no photos there ({' '.join(sorted(PHOTO_SUFFIXES))})")
-    return _photos([str(path) for path in paths], paths)
+    names, paths, contents = [], [], None
+    for source in [images] if isinstance(images, Path) else images:
+        if os.path.isdir(source):
+            found = _of_folder(source, recursive)
+        elif os.path.isfile(source) and is_photo(source):
+            found = [source]
+        elif not os.path.exists(source) and glob.has_magic(str(source)):
+            found = sorted(map(Path, glob.glob(str(source), recursive=recursive)))
+        elif contents := read_contents(source, captioned=False, expected=WANTED):
+            names = list(contents.captions)[:limit]
+            folder, found = _find(source, contents, names, _folders_beside(source))
+            if names and not any(found):
+                looked = ", ".join(map(str, _folders_beside(source)))
+                raise UserError(f"{source}: {first_of(names)} not beside it; looked in {looked}")
+            found = [path or folder / name for name, path in zip(names, found)]
+        else:
+            found = _of_list(source, limit)
+        if not found:
+            raise UserError(f"{source}: no photos there ({' '.join(sorted(PHOTO_SUFFIXES))})")
+        paths += found
+    if contents is None:
+        paths = list(dict.fromkeys(paths))[:limit]  # a photo that is named twice is one photo
+        above = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
+        names = [os.path.relpath(path, above) for path in paths]
+    return _photos(names, paths, contents or Contents())
 
 
 def find_data(root: Path, split: str) -> tuple[Path, Path]:
@@ -91,11 +112,16 @@ def find_data(root: Path, split: str) -> tuple[Path, Path]:
 def names_splits(annotations: Path) -> bool:
     """Whether `annotations` is cut into splits itself, by a field or by Flickr8k's lists beside it."""
     listed = os.path.isfile(annotations.parent / "Flickr_8k.trainImages.txt")
-    return listed or bool(read_contents(annotations, read_text(annotations, EXPECTED)).splits)
+    return listed or bool(read_contents(annotations).splits)
 
 
 def read_splits(
-    data: Path | None, train: Source, val: Source, limit: int | None = None, val_limit: int | None = None
+    data: Path | None,
+    train: Source,
+    val: Source,
+    limit: int | None = None,
+    val_limit: int | None = None,
+    some_missing: bool = False,
 ) -> tuple[list[Photo], list[Photo]]:
     """Training and validation photos with captions, from a folder `data` or from `train` and `val`; val may be empty.
 
@@ -109,7 +135,7 @@ def read_splits(
     splits = []
     for (annotations, images), name, most in ((train, "train", limit), (val, "val", val_limit)):
         split = name if train[0] == val[0] else None
-        photos = read_annotations(annotations, images, split, most) if annotations else []
+        photos = read_annotations(annotations, images, split, most, some_missing) if annotations else []
         if any(photo.path is None for photo in photos):
             raise UserError(f"images: expected the folder of the photos of {annotations}, none given")
         splits.append(photos)
@@ -134,15 +160,17 @@ def _of_split(annotations: Path, contents: Contents, names: list[str], split: st
     return [name for name in names if name in listed]
 
 
-def _photos(names: list[str], paths: list, captions: dict[str, list[str]] | None = None) -> list[Photo]:
-    """Photos under their stems, which must differ, and be text that a JSON file can hold."""
-    photos = [Photo(Path(name).stem, path, tuple((captions or {}).get(name, ()))) for name, path in zip(names, paths)]
-    counts = Counter(photo.stem for photo in photos)
-    problems = [f"{name!r}: the file's name is not UTF-8" for name in names if not is_unicode(Path(name).stem)]
-    for name, photo in zip(names, photos):
-        if counts[photo.stem] > 1:
-            problems.append(f"{name}: not the only photo with the stem {photo.stem!r}, by which captions are kept")
-    check(problems)
+def _photos(names: list[str], paths: list, contents: Contents) -> list[Photo]:
+    """Photos under their stems; those whose stem is not the only one of its kind, under their whole names."""
+    stems = Counter(Path(name).stem for name in names)
+    photos = []
+    for name, path in zip(names, paths):
+        stem = Path(name).stem if stems[Path(name).stem] == 1 else name
+        captions = tuple(contents.captions.get(name, ()))
+        if is_unicode(stem):
+            photos.append(Photo(stem, path, captions, contents.ids.get(name, ""), contents.files.get(name)))
+        else:
+            print(f"{name!r}: left out, since the file's name is not UTF-8", file=sys.stderr)
     return photos
 
 
@@ -153,25 +181,54 @@ def _lines(text: str) -> list[str]:
 # ------------------------------------------------------------------------------------------- where photos lie
 
 
-def _of_folder(folder: Path) -> list[Path]:
+def _of_folder(folder: Path, recursive: bool) -> list[Path]:
     """The photos of a folder by name; what else is there is counted on stderr."""
     try:
-        found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))  # macOS leaves ._NAME.jpg
+        found = sorted(folder.rglob("*") if recursive else folder.iterdir())
     except OSError as error:
         raise UserError(f"{folder}: {(error.strerror or str(error)).lower()}; expected a folder of photos") from None
-    paths = [path for path in found if path.suffix.lower() in PHOTO_SUFFIXES and os.path.isfile(path)]
-    others = set(found) - set(paths)
-    if others:
-        kinds = Counter("folder" if os.path.isdir(path) else path.suffix or "without suffix" for path in others)
+    found = [path for path in found if not path.name.startswith(".")]  # macOS leaves ._NAME.jpg
+    paths = [path for path in found if os.path.isfile(path) and is_photo(path)]
+    others = sorted(set(found) - set(paths))
+    kinds = Counter(_kind(path) for path in others if not (recursive and os.path.isdir(path)))
+    if kinds:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         print(f"{folder}: not read: {listed}", file=sys.stderr)
     return paths
 
 
-def _in_folder(folder: Path, name: str) -> Path | None:
-    """The file `name` in `folder`, with the folders in front of the name (COCO's `val2014/`) or without them."""
-    # os.path.isfile, since Path.is_file raises on names too long for the file system, as lines of prose are
-    return next((path for path in (folder / name, folder / Path(name).name) if os.path.isfile(path)), None)
+def _kind(path: Path) -> str:
+    if os.path.isdir(path):
+        return "subfolder (--recursive enters it)"
+    return (path.suffix or "without suffix") + ("" if os.path.exists(path) else ", a link to nothing")
+
+
+def _of_list(file: Path, limit: int | None) -> list[Path]:
+    """The photos of a list, one path a line. One that is not there is a bad photo, but at least one must be there."""
+    names = [name.replace("\\", "/") for name in _lines(read_text(file, WANTED))][:limit]
+    paths = [path if os.path.isfile(path := file.parent / name) else Path(name) for name in names]
+    missing = [name for name, path in zip(names, paths) if not os.path.isfile(path)]
+    if names and len(missing) == len(names):
+        raise UserError(f"{file}: {first_of(missing)} not there; expected one path a line")
+    return paths
+
+
+def _in_folder(folder: Path, names: list[str]) -> list[Path | None]:
+    """The files of `names` in `folder`, with the folders in front of the name (COCO's `val2014/`) or without them.
+
+    No name leads out of the folder. A name that is not there means the only file that is alike.
+    """
+    alike = finder((one,) for one in os.listdir(folder))
+
+    def path_of(name: str) -> Path | None:
+        inside = name if ".." not in Path(name).parts else Path(name).name
+        for one in (inside.lstrip("/"), Path(name).name, alike(name)):
+            # os.path.isfile, since Path.is_file raises on names too long for the file system, as lines of prose are
+            if one and os.path.isfile(folder / one):
+                return folder / one
+        return None
+
+    return list(map(path_of, names))
 
 
 def _folders_beside(annotations: Path) -> list[Path]:
@@ -181,10 +238,17 @@ def _folders_beside(annotations: Path) -> list[Path]:
     return [folder for folder in (*(root / name for name in names), root.parent / part) if os.path.isdir(folder)]
 
 
-def _beside(annotations: Path, names: list[str]) -> list[Path] | None:
-    """The files of all `names` in one folder where the photos of an annotation file are usually kept."""
-    for folder in _folders_beside(annotations):
-        paths = list(takewhile(bool, (_in_folder(folder, name) for name in names)))
-        if len(paths) == len(names):
-            return paths
-    return None
+def _find(
+    annotations: Path, contents: Contents, names: list[str], folders: list[Path]
+) -> tuple[Path, list[Path | None]]:
+    """The folder that has the photos `names`, the first of those that have most, and their files in it."""
+    if contents.files:  # they are inside the annotation file
+        return annotations, [annotations / name for name in names]
+    found = []
+    for folder in folders:
+        paths = _in_folder(folder, names)
+        found.append((paths.count(None), folder, paths))
+        if None not in paths:
+            break
+    _, folder, paths = min(found, key=lambda one: one[0])
+    return folder, paths

@@ -1,34 +1,48 @@
-"""Predictions: one JSON object {photo stem: caption}, and beside it NAME.meta.json, which says how they were made."""
+"""Predictions: one JSON object {photo stem: caption}, and beside it NAME.meta.json, which says how they were made.
 
-from collections import Counter
+Other programs write them as COCO's results, JSON lines or tables, and name photos by their ids or files: these are
+read too.
+"""
+
 from pathlib import Path
 from typing import Any
 
 from common.config import UserError, check
 from common.files import read_text, write_json
-from data.forms import is_unicode, parse
+from data.forms import Contents, column_mark, has_name, json_rows, object_rows, parse, records, table_rows
 
-EXPECTED = "one JSON object {photo stem: caption}"
+EXPECTED = "one JSON object {photo stem: caption}, or JSON records or a table of image and caption"
+
+
+def _several(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which a key that stands there twice has both values: a dict would keep only the last caption."""
+    merged = dict(pairs)
+    return (
+        merged if len(merged) == len(pairs) else {key: [value for one, value in pairs if one == key] for key in merged}
+    )
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """The captions in `path` by photo stem, in the file's order; a caption may be empty.
+    """The captions in `path` by photo as it names them, in the file's order; a caption may be empty, null is none.
 
-    Raises UserError for a file that is not one JSON object, for a stem that stands there twice, and for a caption
-    that is not text or holds a lone surrogate (half a UTF-16 pair, which no tokenizer takes).
+    Raises UserError for a file of no known form, for two captions of a photo, and for a caption that is not text or
+    holds a lone surrogate (half a UTF-16 pair, which no tokenizer takes).
     """
-    # an object as a tuple of its pairs, since a dict would keep only the last caption of a stem
-    pairs = parse(path, read_text(path), EXPECTED, object_pairs_hook=tuple)
-    if not isinstance(pairs, tuple):
-        kind = "text that is not JSON" if isinstance(pairs, str) else f"a {type(pairs).__name__}"
+    content = parse(path, read_text(path, EXPECTED), EXPECTED, object_pairs_hook=_several)
+    contents = Contents(exact=True)
+    if column_mark(content):
+        contents.read(table_rows(content))
+    elif isinstance(content, dict) and not records(content):
+        contents.read(object_rows(content))
+    elif has_name(content) or isinstance(content, dict):
+        contents.read(json_rows(content))
+    else:
+        kind = "text that is not JSON" if isinstance(content, str) else f"a {type(content).__name__}"
         raise UserError(f"{path}: holds {kind}; expected {EXPECTED}")
-    captions, counts = dict(pairs), Counter(stem for stem, _ in pairs)
-    check([f"{path}: stem {stem!r} stands there twice" for stem, count in counts.items() if count > 1])
-    no_text = [stem for stem, caption in captions.items() if not isinstance(caption, str)]
-    check([f"{path}: caption of {stem!r} is {captions[stem]!r:.60}, expected text" for stem in no_text])
-    broken = [stem for stem, caption in captions.items() if not is_unicode(stem + caption)]
-    check([f"{path}: entry {stem!r} holds half a surrogate pair, which is no Unicode text" for stem in broken])
-    return captions
+    several = [name for name, captions in contents.captions.items() if len(captions) > 1]
+    faults = contents.faults + [f"{name!r} stands there twice, or has several captions" for name in several]
+    check([f"{path}: {fault}" for fault in faults[:1]] + faults[1:])
+    return {name: captions[0] for name, captions in contents.captions.items() if captions}
 
 
 def write_predictions(path: Path, captions: dict[str, str], meta: dict[str, Any]) -> None:
