@@ -210,7 +210,7 @@ def fixed_point(score: float | None) -> str:
 def main(cfg: Config) -> None:
     with_clip = bool(CLIP_METRICS & set(cfg.metrics))
     captions = read_runs(cfg.predictions)
-    annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split)
+    annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split, cfg.missing)
     inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, with_clip)
     output = check_settings(cfg)
     notice(*inputs.notices)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.config import UserError, check
 from common.files import read_text
-from data.forms import EXPECTED, Contents, is_unicode, read_contents
+from data.forms import Contents, is_unicode, read_contents
 from data.names import PHOTO_SUFFIXES, finder
 from data.photos import Photo, first_of, is_photo
 

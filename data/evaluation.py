@@ -1,30 +1,34 @@
 """What evaluate.py scores: captions of one or more runs, matched with the photos and their references."""
 
 import json
+import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from common.config import UserError, check
 from data.annotations import find_data, read_annotations
+from data.names import finder
 from data.photos import Photo, first_of
 from data.predictions import meta_path, read_predictions
 
 LONG = 100  # words; a longer caption is most likely one that repeats itself
+UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, Japanese, Chinese
 
 MissingPolicy = Literal["error", "skip", "zero"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """The captions of one run, {photo stem: caption}."""
+    """The captions of one run by photo: as its file names them, and once matched with the annotations by stem."""
 
     name: str
     path: Path
     captions: dict[str, str]
     undecoded: frozenset[str] = frozenset()
-    """Stems of the photos that the run could not decode, as the meta file of its predictions says."""
+    """The photos that the run could not decode, as the meta file of its predictions says."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,13 @@ def read_runs(predictions: list[Path]) -> list[Run]:
 def _undecoded(predictions: Path) -> frozenset[str]:
     try:
         meta = json.loads(meta_path(predictions).read_text(encoding="utf-8"))
-        return frozenset(Path(name).stem for name in meta["skipped"])
+        return frozenset(meta["skipped"])
     except (OSError, ValueError, KeyError, TypeError):  # captions of other programs have no meta file
         return frozenset()
 
 
 def read_references(
-    data: Path | None, annotations: Path | None, images: Path | None, split: str | None
+    data: Path | None, annotations: Path | None, images: Path | None, split: str | None, missing: MissingPolicy
 ) -> tuple[Path, list[Photo]]:
     """The annotation file, given or found in the folder `data`, and its photos. Raises UserError."""
     if data and images:
@@ -69,13 +73,15 @@ def read_references(
         raise UserError("annotations: expected either annotations or data, got " + ("both" if data else "neither"))
     if data:
         (annotations, images), split = find_data(data, split or "val"), None
-    return annotations, read_annotations(annotations, images, split)
+    return annotations, read_annotations(annotations, images, split, some_missing=missing == "skip")
 
 
 def match(
     runs: list[Run], annotated: list[Photo], annotations: Path, limit: int | None, missing: MissingPolicy, clip: bool
 ) -> Inputs:
     """Choose the photos to score: the first `limit` of the annotations, without those that `missing` leaves out.
+
+    A run may name a photo by its stem, its file or its id, or alike (`data.names`).
 
     Every run is scored on the same photos: a score depends on their number, and a mean over only the captioned
     photos would favour a run that skips the hard ones. Raises UserError where captions and photos do not match and
@@ -86,10 +92,13 @@ def match(
     problems, notices, left_out = [], [], set()
     if clip and any(photo.path is None for photo in photos.values()):
         problems.append("images: expected the folder of the photos, which CLIPScore reads; or give --metrics cider")
+    find = finder((photo.stem, photo.id) for photo in annotated)
+    runs = [_by_stem(run, find) for run in runs]
     for run in runs:
         unknown = [stem for stem in run.captions if stem not in references]
         if unknown:
-            problems.append(f"annotations: {annotations} has no references for {first_of(unknown)} of {run.path}")
+            named = f"{first_of(unknown)} of {run.path}; it names photos like {next(iter(references))!r}"
+            problems.append(f"annotations: {annotations} has no references for {named}")
         undecoded = [stem for stem in photos if stem not in run.captions and stem in run.undecoded]
         absent = [stem for stem in photos if stem not in run.captions and stem not in run.undecoded]
         left_out.update(undecoded, absent if missing == "skip" else ())
@@ -108,14 +117,26 @@ def match(
     return Inputs(runs, [photos[stem] for stem in scored], references, notices)
 
 
+def _by_stem(run: Run, find: Callable[[str], str | None]) -> Run:
+    """The run with its photos called by the stems that `find` gives. Raises UserError where two are the same photo."""
+    stems = {name: find(name) or name for name in run.captions}
+    counts = Counter(stems.values())
+    twice = [name for name, stem in stems.items() if stem != name and counts[stem] > 1]
+    check([f"predictions: {run.path}: {name!r} means {stems[name]!r}, which has another caption" for name in twice])
+    captions = {stems[name]: caption for name, caption in run.captions.items()}
+    return replace(run, captions=captions, undecoded=frozenset(find(name) or name for name in run.undecoded))
+
+
 def _notices(run: Run, undecoded: list[str], absent: list[str], missing: MissingPolicy) -> list[str]:
     done = "left out for all runs" if missing == "skip" else "scored 0"
     broken = [stem for stem, caption in run.captions.items() if len(caption.splitlines()) > 1]
+    unspaced = [stem for stem, caption in run.captions.items() if UNSPACED.search(caption)]
     long = [stem for stem, caption in run.captions.items() if len(caption.split()) > LONG]
     notices = [
         (undecoded, f"{run.path}: the run could not decode {first_of(undecoded)}: left out for all runs"),
         (absent, f"{run.path} has no caption for {first_of(absent)}: {done}"),
         (broken, f"{run.path}: line breaks in the caption of {first_of(broken)}, read as spaces"),
+        (unspaced, f"{run.path}: no spaces between the words of {first_of(unspaced)}, so CIDEr and BLEU say nothing"),
         (long, f"{run.path}: more than {LONG} words in the caption of {first_of(long)}; this changes BLEU much"),
     ]
     return [text for stems, text in notices if stems]

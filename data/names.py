@@ -33,7 +33,7 @@ def finder(names: Iterable[Sequence[str]]) -> Callable[[str], str | None]:
     exact, plain = set(), defaultdict(set)
     for own in names:
         exact.add(own[0])
-        for name in own:
+        for name in filter(None, own):
             plain[plain_name(name)].add(own[0])
 
     def find(name: str) -> str | None:

@@ -398,6 +398,20 @@ def test_an_empty_caption_scores_zero_by_clip_too(scene, clip_folder):
     assert photos["truck"]["clipscore"] == photos["river"]["clipscore"] == 0.0
 
 
+@pytest.mark.parametrize("name", ["{}.png", "photos\\{}.JPG", "{upper}", "{id}"])
+def test_predictions_may_name_photos_otherwise(scene, name):
+    ids = {stem: number for number, stem in enumerate(REFERENCES)}
+    other = [{"image_id": name.format(s, upper=s.upper(), id=ids[s]), "caption": CAPTIONS[s]} for s in CAPTIONS]
+    (scene / "other.json").write_text(json.dumps(other))
+    assert scored(scene, "other")["photos"] == scored(scene, "captions")["photos"]
+
+
+def test_captions_without_spaces_are_said_to_have_no_word_scores(scene, capsys):
+    (scene / "captions.json").write_text(json.dumps(CAPTIONS | {"chess": "\u4e00\u53ea\u72d7"}))
+    scored(scene, "captions")
+    assert "no spaces between the words of 1 photo (chess)" in capsys.readouterr().err
+
+
 def test_best_and_worst_are_named(scene, capsys):
     by_photo = {stem: scores["cider"] for stem, scores in scored(scene, "captions")["photos"].items()}
     out = capsys.readouterr().out
@@ -415,7 +429,10 @@ def test_best_and_worst_are_named(scene, capsys):
         (CAPTIONS, [], "images: expected the folder of the photos"),
         (CAPTIONS, ["--metrics=cider", "--output=val.json"], "output: val.json exists; give another name"),
         (CAPTIONS, ["--metrics=cider", "--output=val.json", "--overwrite"], "val.json exists and holds no scores"),
-        ({"truck": None}, ["--metrics=cider"], "captions.json: caption of 'truck' is None, expected text"),
+        ({"truck": 3}, ["--metrics=cider"], "captions.json: 'truck': caption of truck is 3, not text"),
+        (CAPTIONS | {"chess": None}, ["--metrics=cider"], "no caption for 1 photo (chess) of val.json"),
+        (CAPTIONS | {"0": "x"}, ["--metrics=cider"], "captions.json: '0' means 'river', which has another caption"),
+        ({"moon": "x"}, ["--metrics=cider"], "(moon) of captions.json; it names photos like 'river'"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_scores(scene, captions, flags, said):
