@@ -9,6 +9,7 @@ Stage `align` trains the projector alone, stage `finetune` the projector and LoR
 metrics.jsonl, loss.png, best/ (lowest validation loss) and last/ (the end of the last epoch, where `--resume` goes on).
 """
 
+import hashlib
 import math
 import time
 from contextlib import nullcontext
@@ -23,14 +24,14 @@ from tqdm import tqdm
 
 from common.config import CommonSettings, UserError, check, flatten, plain, run
 from common.device import Precision, pick_device, torch_dtype
-from common.files import JsonLines, folder_problems, remove_folder, restore_folder, written_whole
+from common.files import JsonLines, check_output, folder_problems, lock, remove_folder, restore_folder, written_whole
 from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
 from data.prefetch import prefetch
 from metrics.cider import agreement, cider, find_java
 from models import training
 from models.captioner import Captioner, CaptionerConfig, build_captioner
-from models.checkpoint import check_checkpoint, find_checkpoint, load_trained, save_captioner
+from models.checkpoint import absolute, check_checkpoint, find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
 from models.decoder import attend_with, causal_lm, check_decoder
 from models.decoding import Decoding
@@ -86,7 +87,8 @@ class Config(CommonSettings, CaptionerConfig):
     val_cider: bool = False
     """Caption the validation photos after each epoch and score them with CIDEr."""
     skip_bad_photos: bool = False
-    """Go on without photos that cannot be decoded, instead of ending with an error."""
+    """Go on without photos that are missing or cannot be decoded, and without captions that the decoder has no
+    positions for, instead of ending with an error."""
     features: Path = Path("runs/features")
     """Cache of encoded photos, shared by all runs."""
     val_limit: PositiveInt | None = None
@@ -113,6 +115,8 @@ def check_settings(cfg: Config) -> None:
         hint = "--resume goes on with it, --overwrite replaces it"
         problems += folder_problems(cfg.output, cfg.overwrite or cfg.resume, hint, marker="config.yaml")
     check(problems)
+    if not cfg.dry_run:
+        check_output(cfg.output / "config.yaml", overwrite=True)
     if cfg.val_cider or cfg.consensus:
         find_java()
 
@@ -133,9 +137,11 @@ def resumed_state(cfg: Config) -> dict | None:
         return None
     stored = yaml.safe_load((cfg.output / "config.yaml").read_text(encoding="utf-8"))
     before = flatten(settings_of(Config())) | flatten(stored)
-    elsewhere = ("device", "features", "output", "data", "images", "val_images")  # the same run on another machine
+    # the same run on another machine; that the captions are the same is checked when they have been read
+    elsewhere = ("device", "features", "output", "data", "annotations", "images", "val_annotations", "val_images")
     now = {key: value for key, value in flatten(settings_of(cfg)).items() if key not in elsewhere}
-    check([f"resume: {key} was {before[key]}, is {now[key]}" for key in now if now[key] != before[key]])
+    changed = [f"resume: {key} was {before[key]}, is {now[key]}" for key in now if now[key] != before[key]]
+    check(changed and [*changed[:4], "give the run's own settings (config.yaml), or another output for a new run"])
     check_checkpoint(last)
     return torch.load(last / "trainer.pt", map_location="cpu", weights_only=True)
 
@@ -177,6 +183,8 @@ class Trainer:
         accelerator.free_memory()  # the optimizer of the stage before must not be stepped again
         groups = training.set_trainable(self.captioner, name, stage)
         epoch_steps = len(self.optimizer_steps())
+        if not round(stage.epochs * epoch_steps):
+            accelerator.print(f"{name}: {stage.epochs:g} epochs of {epoch_steps} steps: 0 steps, nothing is trained")
         optimizer = training.make_optimizer(groups, stage)
         schedule = training.make_schedule(optimizer, stage, epoch_steps)
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
@@ -297,7 +305,7 @@ class Trainer:
 
 def main(cfg: Config) -> None:
     check_settings(cfg)
-    model = CaptionerConfig(cfg.encoder, cfg.projector, cfg.decoder, cfg.lora)
+    model = absolute(CaptionerConfig(cfg.encoder, cfg.projector, cfg.decoder, cfg.lora))
     if cfg.dry_run:
         captioner = build_captioner(model, load_weights=False)
         for name in training.STAGES:
@@ -306,16 +314,19 @@ def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
     if cfg.precision == "fp16" and device.type != "cuda":
         raise UserError(f"precision: fp16 trains on CUDA alone, the device is {device}; expected bf16 or float32")
-    state = resumed_state(cfg)
-    val_source = cfg.val_annotations, cfg.val_images or cfg.images
-    photos, val_photos = read_splits(cfg.data, (cfg.annotations, cfg.images), val_source, cfg.limit, cfg.val_limit)
-    if cfg.val_cider and not val_photos:
-        raise UserError("val_cider: needs validation photos, none given")
-
     if device.index is not None:
         torch.cuda.set_device(device)
     precision = "no" if cfg.precision == "float32" else cfg.precision
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    unlock = lock(cfg.output) if accelerator.is_main_process else lambda: None
+    state = resumed_state(cfg)
+    sources = (cfg.annotations, cfg.images), (cfg.val_annotations, cfg.val_images or cfg.images)
+    photos, val_photos = read_splits(cfg.data, *sources, cfg.limit, cfg.val_limit, cfg.skip_bad_photos)
+    if cfg.val_cider and not val_photos:
+        raise UserError("val_cider: needs validation photos, none given")
+    data = hashlib.blake2b(repr([(photo.stem, photo.captions) for photo in photos]).encode()).hexdigest()
+    if state and state.setdefault("data", data) != data:
+        raise UserError("resume: the training photos or their captions are not those that the run began with")
     torch.manual_seed(cfg.seed)
     captioner = build_captioner(model)
     captioner.encoder.to(accelerator.device)
@@ -330,12 +341,13 @@ def main(cfg: Config) -> None:
         load_trained(captioner, cfg.output / "last")
         torch.set_rng_state(state.pop("rng"))
     trainer = Trainer(cfg, accelerator, captioner, train, val)
-    trainer.state |= state or {}
+    trainer.state |= state or {"data": data}
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()
     trainer.run()
     accelerator.print(f"captioner: {find_checkpoint(cfg.output)}")
+    unlock()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.config import CommonSettings, NothingDone, UserError, check, plain, run
 from common.device import Precision, pick_device, torch_dtype
-from common.files import check_output, folder_problems, read_text, write_json
+from common.files import check_apart, check_output, folder_problems, read_text, write_json
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.photos import LoadedPhoto, Photo, PhotoBatches
@@ -43,8 +43,8 @@ Grounded = dict[Photo, list[tuple[list[int], list[Named]]]]  # a photo's caption
 class Config(CommonSettings):
     """Whose attention is drawn, on which photos, and how."""
 
-    images: Path
-    """Folder of photos, a photo, a text file with one path a line, or an annotation file."""
+    images: list[Path]
+    """Folders of photos, photos, patterns such as 'photos/*.jpg', lists with one path a line, or annotation files."""
     output: Path
     """Folder to write."""
     checkpoint: Path | None = None
@@ -71,6 +71,8 @@ class Config(CommonSettings):
     """COCO instances with masks of the photos' objects: outlines on the page, and grounding scores."""
     decoding: Decoding = Decoding()
     """How a caption is chosen; greedy by default."""
+    recursive: bool = False
+    """Enter the subfolders of `images` too; photos of one name are then told apart by their folders."""
     batch_size: PositiveInt = 8
     """Photos at a time."""
     workers: NonNegativeInt = 2
@@ -96,8 +98,6 @@ def check_settings(cfg: Config) -> None:
         problems.append("instances: grounding is of words and redraws weights; expected unit word and quantize none")
     if cfg.scores and cfg.top + cfg.bottom == 0:
         problems.append("scores: with top 0 and bottom 0 no photo is left; expected one of them higher")
-    if cfg.output.resolve() == cfg.images.resolve():
-        problems.append("output: expected another folder than that of the photos, which would be written over")
     if not cfg.pictures and not cfg.instances:
         problems.append("pictures: false leaves the grounding scores alone to be done; expected instances with it")
     problems += folder_problems(cfg.output, cfg.overwrite, "give another name, or --overwrite to write into it")
@@ -116,7 +116,7 @@ def choose(photos: list[Photo], cfg: Config) -> tuple[list[Photo], dict[str, str
         raise UserError(f"scores: {cfg.scores}: expected a file of evaluate.py's, {cfg.by} in it") from None
     scored = sorted((photo for photo in photos if photo.stem in found), key=lambda photo: -found[photo.stem])
     if not scored:
-        raise UserError(f"scores: {cfg.scores} scores none of the photos of {cfg.images}")
+        raise UserError(f"scores: {cfg.scores} scores none of these photos")
     notes = {photo.stem: f"worst by {cfg.by}: {found[photo.stem]:.3f}" for photo in scored[::-1][: cfg.bottom]}
     notes |= {photo.stem: f"best by {cfg.by}: {found[photo.stem]:.3f}" for photo in scored[: cfg.top]}
     return [photo for photo in scored if photo.stem in notes], notes
@@ -133,6 +133,12 @@ def load_model(cfg: Config) -> CaptionModel:
     model = load_captioner(cfg.checkpoint)
     model.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
     return model.ready(device, torch_dtype(cfg.precision), cfg.features)
+
+
+def picture_name(photo: Photo) -> str:
+    """The file of a photo's picture; names have 255 bytes at most."""
+    stem = photo.stem.encode()
+    return f"{photo.stem if len(stem) <= 250 else stem[-250:].decode(errors='ignore')}.png"
 
 
 def captions_of(model: CaptionModel, batch: list[LoadedPhoto], cfg: Config) -> list[list[list[int]]]:
@@ -188,13 +194,14 @@ def measure_random_weights(model: CaptionModel, grounded: Grounded, table: Groun
 def read_inputs(cfg: Config) -> tuple[list[Photo], dict[str, str], Instances | None]:
     """The photos, a note for each that was chosen by its score, and the masks. Raises UserError."""
     if cfg.annotations:
-        photos = read_annotations(cfg.annotations, cfg.images, limit=cfg.limit)
+        photos = read_annotations(cfg.annotations, cfg.images, limit=cfg.limit, some_missing=True)
     else:
-        photos = find_photos(cfg.images, limit=cfg.limit)
+        photos = find_photos(cfg.images, cfg.limit, cfg.recursive, cfg.output)
+    check_apart([cfg.output / picture_name(photo) for photo in photos], [photo.path for photo in photos])
     photos, notes = choose(photos, cfg)
     instances = read_instances(cfg.instances) if cfg.instances else None
     if instances and not any(photo.stem in instances.objects for photo in photos):
-        raise UserError(f"instances: {cfg.instances} has none of the photos of {cfg.images}")
+        raise UserError(f"instances: {cfg.instances} has none of these photos")
     return photos, notes, instances
 
 
@@ -244,7 +251,7 @@ def main(cfg: Config) -> None:
                     objects = {one.name: (one.words, masks[one.name]) for one in named}
                     text, note = model.text(record.ids[:-1]), notes.get(loaded.stem, "")
                     shown = Drawn(loaded.stem, loaded.image, text, units, grid, maps, note, objects)
-                    draw_words(shown, cfg.method, cfg.output / f"{loaded.stem}.png")
+                    draw_words(shown, cfg.method, cfg.output / picture_name(loaded.photo))
                     drawn.append(page_entry(shown))
     if grounded:
         measure_random_weights(model, grounded, table, cfg)

@@ -7,6 +7,7 @@ A script ends with `run(main, Config)`. Exit codes: 0 done; 2 the user's mistake
 import dataclasses
 import difflib
 import json
+import os
 import re
 import signal
 import sys
@@ -113,6 +114,8 @@ def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]
         elif key in files:
             settings |= flatten(_read_yaml(key, values[0]), "" if key == "config" else f"{key}.")
         elif _is_list(kind) and not values[0].startswith("["):
+            if Literal in map(get_origin, get_args(kind)):  # no name of a choice has a comma or a space
+                values = " ".join(values).replace(",", " ").split()
             settings[key] = json.dumps(values, ensure_ascii=False)
         else:
             settings[key] = values[0] if values else "true"
@@ -121,9 +124,13 @@ def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]
 
 def _read_yaml(key: str, file: str) -> dict[str, Any]:
     expected = f"{key}: {file}: expected YAML lines of `key: value`"
+    expected += f", or single settings as --{key}.NAME VALUE" * (key != "config")
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("aliases (*NAME) are not read, since a few of them can stand for gigabytes")
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, RuntimeError, yaml.YAMLError) as error:
         raise UserError(f"{expected}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{expected}, got {values!r:.60}")
@@ -142,7 +149,7 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
             raise UserError(f"{match[2]}: required, not given") from None
         if match is None or match[1] not in settings:
             raise UserError(" ".join(str(error).split())) from None
-        expected, got = _in_words(fields[match[1]]), str(settings[match[1]])
+        expected, got = _in_words(fields[match[1]]), re.sub(r"""[][{}"']""", "", str(settings[match[1]]))
         raise UserError(f"{match[1]}: expected {expected}, got {got!r}") from None
     return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
 
@@ -171,7 +178,14 @@ def _parser(Config: type) -> ArgumentParser:
 
 
 def _plain(value: Any) -> Any:
-    """A config with plain numbers: one of PositiveFloat would be pickled as such, and no safe loader takes it back."""
+    """A config with plain numbers, and paths without `~`, which shells leave in `--images=~/photos`.
+
+    A number of type PositiveFloat would be pickled as such, and no safe loader takes it back.
+    """
+    if isinstance(value, list):
+        return list(map(_plain, value))
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
     if dataclasses.is_dataclass(value):
         fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
@@ -190,7 +204,11 @@ def _in_words(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts))
     if origin is list:
-        return f"list[{_in_words(*parts)}]"
+        return (
+            _in_words(*parts).replace("one of", "one or more of")
+            if get_args(*parts)
+            else f"a list of {_in_words(*parts)}"
+        )
     if parts:  # of a union
         return " or ".join(map(_in_words, parts))
     return "null" if kind is type(None) else kind.__name__
@@ -205,10 +223,13 @@ def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | No
     """Parse the command line, call `main` with it and end the process with the suite's exit codes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     name = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows `?` for what it lacks
+        stream.reconfigure(errors="replace")
     try:
         main(parse_config(Config, aliases=aliases))
-    except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RecursionError) as error:  # full disks, paths that the system refuses
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"{name}: error: {text[:2000]}", file=sys.stderr)
         sys.exit(2)
     except NothingDone as error:
         print(f"{name}: {error}", file=sys.stderr)

@@ -1,14 +1,17 @@
 """Files and folders that are written whole, files that only grow, and checks of where output goes."""
 
+import atexit
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError
+from filelock import FileLock, Timeout
+
+from common.config import UserError, check
 
 
 def read_text(path: Path, expected: str = "a text file") -> str:
@@ -19,13 +22,6 @@ def read_text(path: Path, expected: str = "a text file") -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; expected {expected}") from None
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; expected {expected}") from None
-
-
-def begins(path: Path, mark: bytes) -> bool:
-    """Whether a file begins with `mark`; False for what cannot be read."""
-    with suppress(OSError), path.open("rb") as file:
-        return file.read(len(mark)) == mark
-    return False
 
 
 def check_output(path: Path, overwrite: bool, key: str = "output") -> None:
@@ -40,6 +36,32 @@ def check_output(path: Path, overwrite: bool, key: str = "output") -> None:
         raise UserError(f"{key}: {path} cannot be written: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{key}: {path} cannot be written: no permission")
+
+
+def check_apart(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
+    """Raise a UserError where an output would be written over one of the inputs, links followed."""
+    read = {os.path.realpath(path) for path in inputs if path}
+    over = [path for path in outputs if os.path.realpath(path) in read]
+    check([f"output: {path} is read by this command; give another name" for path in over])
+
+
+def lock(path: Path) -> Callable[[], None]:
+    """Keep the output `path`, a file or a folder, until the process ends or calls what is returned.
+
+    Raises UserError where another process has it; a dead process has nothing.
+    """
+    held = FileLock(path.with_name(f".{path.name[-60:]}.lock"), timeout=0, is_singleton=True)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(f"output: another run is writing {path}; wait for it, or give another name") from None
+
+    def unlock() -> None:
+        with suppress(OSError):
+            os.unlink(held.lock_file)
+        held.release(force=True)
+
+    return atexit.register(unlock)
 
 
 def folder_problems(folder: Path | None, replace: bool, hint: str, marker: str | None = None) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import UserError, check
-from common.files import read_text
+from common.files import check_apart, read_text
 from data.forms import Contents, is_unicode, read_contents
 from data.names import PHOTO_SUFFIXES, finder
 from data.photos import Photo, first_of, is_photo
@@ -19,14 +19,14 @@ WANTED = "a folder of photos, photos, a list of photos, or an annotation file"
 
 def read_annotations(
     annotations: Path,
-    images: Path | None = None,
+    images: Path | Sequence[Path] | None = None,
     split: str | None = None,
     limit: int | None = None,
     some_missing: bool = False,
 ) -> list[Photo]:
     """The captioned photos of `annotations` in the file's order, captions in theirs, white space collapsed.
 
-    `images` is their folder; without it one beside the file is taken if all of the photos lie there, else each
+    `images` is their folder, or several of which one has all; without it one beside the file is taken if all of the photos lie there, else each
     `path` is None. With `some_missing` one photo that is there is enough: the others are bad photos when they are
     opened. A name that is not there means the only file that `data.names` matches with it. `split` is the name of a
     split of the file ('train' takes Karpathy's 'restval' too, 'dev' is 'val'), or of one of Flickr8k's lists beside
@@ -46,54 +46,61 @@ def read_annotations(
     names = names[:limit]
     if not names:
         raise UserError(f"{annotations}: no photo with a caption" + (f" in split {split!r}" if split else ""))
-    if images is not None and not os.path.isdir(images):
-        raise UserError(f"{images}: not a folder; expected the photos of {annotations}")
-    folder, paths = _find(annotations, contents, names, [images] if images else _folders_beside(annotations))
+    folders = _listed(images) or _folders_beside(annotations)
+    check(
+        [
+            f"{folder}: not a folder; expected the photos of {annotations}"
+            for folder in folders
+            if not os.path.isdir(folder)
+        ]
+    )
+    folder, paths = _find(annotations, contents, names, folders)
     missing = [name for name, path in zip(names, paths) if path is None]
     if some_missing and len(missing) < len(names):
         paths = [path or folder / name for name, path in zip(names, paths)]
     elif missing and images is not None:
-        there = ", ".join(sorted(os.listdir(images))[:3]) or "nothing"
-        raise UserError(f"{images}: {first_of(missing)} of {annotations} not there; it holds {there} ...")
+        there = ", ".join(sorted(os.listdir(folder))[:3]) or "nothing"
+        raise UserError(f"{folder}: {first_of(missing)} of {annotations} not there; it holds {there} ...")
     elif missing:
         paths = [None] * len(names)
     return _photos(names, paths, contents)
 
 
-def find_photos(images: Path | Sequence[Path], limit: int | None = None, recursive: bool = False) -> list[Photo]:
+def find_photos(
+    images: Path | Sequence[Path], limit: int | None = None, recursive: bool = False, output: Path | None = None
+) -> list[Photo]:
     """The photos that `images` stands for, without captions.
 
     `images` is a folder (its own photos, sorted by name; with `recursive` those of its subfolders too), a photo, a
     pattern such as `photos/*.jpg`, a text file with one path a line (relative to that file, or to where the script
     runs), or an annotation file (all of its photos, captioned or not, which must lie beside it), or several of these.
     What else a folder holds is counted on stderr.
-    Raises UserError where there are none, and where none of those that are named is there.
+    Raises UserError where there are none, where none of those that are named is there, and where the `output` would be
+    written over one of these files.
     """
-    names, paths, contents = [], [], None
-    for source in [images] if isinstance(images, Path) else images:
+    paths, contents = [], Contents()
+    for source in _listed(images):
         if os.path.isdir(source):
             found = _of_folder(source, recursive)
         elif os.path.isfile(source) and is_photo(source):
             found = [source]
         elif not os.path.exists(source) and glob.has_magic(str(source)):
             found = sorted(map(Path, glob.glob(str(source), recursive=recursive)))
-        elif contents := read_contents(source, captioned=False, expected=WANTED):
-            names = list(contents.captions)[:limit]
-            folder, found = _find(source, contents, names, _folders_beside(source))
+        elif held := read_contents(source, captioned=False, expected=WANTED):
+            names = list(held.captions)[:limit]
+            folder, found = _find(source, held, names, _folders_beside(source))
             if names and not any(found):
                 looked = ", ".join(map(str, _folders_beside(source)))
                 raise UserError(f"{source}: {first_of(names)} not beside it; looked in {looked}")
             found = [path or folder / name for name, path in zip(names, found)]
+            contents.files |= {str(source / name): content for name, content in held.files.items()}
         else:
             found = _of_list(source, limit)
         if not found:
             raise UserError(f"{source}: no photos there ({' '.join(sorted(PHOTO_SUFFIXES))})")
         paths += found
-    if contents is None:
-        paths = list(dict.fromkeys(paths))[:limit]  # a photo that is named twice is one photo
-        above = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
-        names = [os.path.relpath(path, above) for path in paths]
-    return _photos(names, paths, contents or Contents())
+    check_apart([output] if output else [], [*_listed(images), *paths])
+    return _photos(paths := list(dict.fromkeys(paths))[:limit], paths, contents)  # one that is named twice is one photo
 
 
 def find_data(root: Path, split: str) -> tuple[Path, Path]:
@@ -160,18 +167,22 @@ def _of_split(annotations: Path, contents: Contents, names: list[str], split: st
     return [name for name in names if name in listed]
 
 
-def _photos(names: list[str], paths: list, contents: Contents) -> list[Photo]:
-    """Photos under their stems; those whose stem is not the only one of its kind, under their whole names."""
-    stems = Counter(Path(name).stem for name in names)
-    photos = []
-    for name, path in zip(names, paths):
-        stem = Path(name).stem if stems[Path(name).stem] == 1 else name
+def _photos(names: list, paths: list, contents: Contents) -> list[Photo]:
+    """Photos under their stems; those of one stem under their names, with the folders in which they differ."""
+    stems, photos = Counter(Path(name).stem for name in names), []
+    above = os.path.commonpath([os.path.abspath(Path(name).parent) for name in names])
+    for name, path in zip(map(str, names), paths):
+        stem = Path(name).stem if stems[Path(name).stem] == 1 else os.path.relpath(name, above)
         captions = tuple(contents.captions.get(name, ()))
         if is_unicode(stem):
             photos.append(Photo(stem, path, captions, contents.ids.get(name, ""), contents.files.get(name)))
         else:
             print(f"{name!r}: left out, since the file's name is not UTF-8", file=sys.stderr)
     return photos
+
+
+def _listed(images: Path | Sequence[Path] | None) -> list[Path]:
+    return [images] if isinstance(images, Path) else list(images or ())
 
 
 def _lines(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from common.config import UserError, check
-from common.files import begins, read_text
+from common.files import read_text
 
 # Keys of a record, or columns of a table: the first of them that is there names the photo, or holds its captions.
 NAMES = ("file_name", "filename", "image_name", "image_path", "image", "image_id", "id")
@@ -280,7 +280,7 @@ def read_contents(path: Path, captioned: bool = True, expected: str = EXPECTED) 
 
     With `captioned` False the photos alone are wanted: captions are not read, and plain text of no form gives None.
     """
-    content = read_parquet(path) if begins(path, b"PAR1") else parse(path, read_text(path, expected))
+    content = read_parquet(path) if path.suffix == ".parquet" else parse(path, read_text(path, expected))
     rows = next((rows for _, tells, rows in FORMS if tells(content)), None)
     if rows is None:
         if isinstance(content, str) and not captioned:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import UserError, flatten
-from common.files import JsonLines, check_output
+from common.files import JsonLines, check_output, lock
 from data.photos import BadPhoto, LoadedPhoto, Photo
 from data.predictions import write_predictions
 
@@ -33,6 +33,7 @@ class Journal:
         self.captions: dict[str, dict[str, str]] = {}
         """{stem: {name of the decoding: caption}}"""
         check_output(self.file.path, overwrite=True)
+        self.unlock = lock(output)
         if overwrite:
             self.file.path.unlink(missing_ok=True)
         self._read()
@@ -79,6 +80,7 @@ class Journal:
             write_predictions(path, {stem: self.captions[stem][name] for stem in stems}, self.settings[name] | meta)
             print(f"{len(stems)} captions in {path}")
         self.file.path.unlink(missing_ok=True)
+        self.unlock()
         if skipped:
             print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {', '.join(skipped)}")
 

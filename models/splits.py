@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from common.config import UserError, check
 from data.batches import Row
 from data.features import Features
-from data.photos import Photo
+from data.photos import Photo, first_of
 from models.captioner import Captioner
 from models.features import encode_files
 from models.packing import PackedBatch, pack_rows
@@ -44,10 +44,12 @@ def prepare_split(captioner: Captioner, photos: list[Photo], cache: Path, skip_b
     """Encode `photos` (or read their features from the folder `cache`) and tokenise their captions.
 
     Raises UserError for captions longer than the decoder has positions for, and for photos that cannot be decoded;
-    with `skip_bad_photos` those are named on stderr and left out.
+    with `skip_bad_photos` they are named on stderr and left out.
     """
     ids = captioner.tokenizer([c for photo in photos for c in photo.captions], add_special_tokens=False).input_ids
-    captioner.check_room(max(map(len, ids)), "annotations")
+    rest = iter(ids)
+    tokens = {photo.stem: {text: next(rest) for text in photo.captions} for photo in photos}
+    photos = without_long(captioner, photos, tokens, skip_bad_photos)
     features, good, bad = encode_files(captioner.encoder, photos, cache)
     if features is None:
         raise UserError(f"images: none of {len(photos)} photos could be decoded, such as {bad[0]}")
@@ -55,10 +57,26 @@ def prepare_split(captioner: Captioner, photos: list[Photo], cache: Path, skip_b
         check([f"photo {error}" for error in bad] + ["skip_bad_photos goes on without them"])
     for error in bad:
         print(f"skipped photo {error}", file=sys.stderr)
-    rest = iter(ids)
-    captions = [[next(rest) for _ in photo.captions] for photo in photos]
-    eos = captioner.tokenizer.eos_token_id
-    return Split([photos[i] for i in good], features, [captions[i] for i in good], eos)
+    photos = [photos[i] for i in good]
+    captions = [[tokens[photo.stem][text] for text in photo.captions] for photo in photos]
+    return Split(photos, features, captions, captioner.tokenizer.eos_token_id)
+
+
+def without_long(captioner: Captioner, photos: list[Photo], tokens: dict, skip: bool) -> list[Photo]:
+    """The photos without captions that the decoder has no room for, `tokens` {stem: {caption: ids}}, named on stderr.
+
+    Raises UserError for them without `skip`, and where none is left.
+    """
+    room = captioner.room()
+    kept = [replace(p, captions=tuple(c for c in p.captions if len(tokens[p.stem][c]) <= room)) for p in photos]
+    long = [photo.stem for photo, own in zip(photos, kept) if own.captions != photo.captions]
+    if long:
+        said = (
+            f"annotations: captions of {first_of(long)} have more than the {room} tokens that the decoder has room for"
+        )
+        check([] if skip and any(one.captions for one in kept) else [said + "; skip_bad_photos leaves them out"])
+        print(f"left out: {said}", file=sys.stderr)
+    return [photo for photo in kept if photo.captions]
 
 
 def weigh_by_agreement(split: Split, agreement: dict[str, list[float]], power: float) -> None:
