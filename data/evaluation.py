@@ -1,7 +1,6 @@
 """What evaluate.py scores: captions of one or more runs, matched with the photos and their references."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,12 +9,12 @@ from typing import Literal
 
 from common.config import UserError, check
 from data.annotations import find_data, read_annotations
+from data.forms import UNSPACED
 from data.names import finder
 from data.photos import Photo, first_of
 from data.predictions import meta_path, read_predictions
 
 LONG = 100  # words; a longer caption is most likely one that repeats itself
-UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, Japanese, Chinese
 
 MissingPolicy = Literal["error", "skip", "zero"]
 

@@ -21,6 +21,7 @@ from common.files import read_text
 NAMES = ("file_name", "filename", "image_name", "image_path", "image", "image_id", "id")
 CAPTIONS = ("caption", "captions", "text", "sentence", "sentences", "comment", "reference_strs", "caption_str")
 NUMBERED = re.compile(r"(caption|sentence|text)_?\d+")  # columns with a caption each
+UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, Japanese, Chinese characters
 IDS = ("image_id", "cocoid", "imgid", "id")
 
 Rows = Iterator[tuple[str, Any]]  # a place and the record there, or a function that gives it and may raise a Fault

@@ -1,6 +1,9 @@
 """Heatmaps of captions: a PNG for each photo, with a tile for each word, and one HTML page of all photos."""
 
 import base64
+import functools
+import re
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,11 +56,21 @@ def _small(image: Image.Image) -> Image.Image:
 # ------------------------------------------------------------------------------------------- the PNG
 
 
+@functools.cache
+def fonts() -> list[str]:
+    """matplotlib's own font, and those of this machine that have Chinese, Japanese and Korean characters."""
+    from matplotlib import font_manager
+
+    return ["DejaVu Sans", *(name for name in font_manager.get_font_names() if re.search("CJK|Han|Hei|Gothic", name))]
+
+
 def draw_words(photo: Drawn, method: str, file: Path) -> None:
     """PNG: the photo, then a tile for each word with its probability p, on one colour scale."""
+    from matplotlib import rcParams
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
+    rcParams["font.family"] = fonts()
     words = [i for i, unit in enumerate(photo.units) if any(map(str.isalnum, unit.text)) or not unit.text]
     words = words or list(range(len(photo.units)))  # a full stop has a map too, but it would only set the scale
     columns = min(6, 1 + len(words))
@@ -81,7 +94,9 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
         axes.set(xlim=(0, width), ylim=(height, 0))
         unit = photo.units[i]
         axes.set_title(f"{unit.text or '(end)'}  p {unit.probability:.2f}", fontsize=9, parse_math=False)
-    figure.suptitle(f"{photo.caption}\n{photo.note}".strip(), fontsize=10, wrap=True, parse_math=False)
+    # not wrapped by matplotlib, which reads what stands between dollar signs as mathematics when it wraps
+    title = textwrap.fill(photo.caption, round(13 * figure.get_figwidth()))
+    figure.suptitle(f"{title}\n{photo.note}".strip(), fontsize=10, parse_math=False)
     bar = figure.colorbar(ScalarMappable(cmap=COLOURS), ax=list(tiles), alpha=OPACITY, shrink=0.6, aspect=30, pad=0.01)
     bar.set_label(f"{method}; 1 is the highest 1% of this caption", fontsize=8)
     with written_whole(file) as part:
