@@ -321,7 +321,7 @@ def main(cfg: Config) -> None:
     unlock = lock(cfg.output) if accelerator.is_main_process else lambda: None
     state = resumed_state(cfg)
     sources = (cfg.annotations, cfg.images), (cfg.val_annotations, cfg.val_images or cfg.images)
-    photos, val_photos = read_splits(cfg.data, *sources, cfg.limit, cfg.val_limit, cfg.skip_bad_photos)
+    photos, val_photos = read_splits(cfg.data, *sources, (cfg.limit, cfg.val_limit), cfg.skip_bad_photos)
     if cfg.val_cider and not val_photos:
         raise UserError("val_cider: needs validation photos, none given")
     data = hashlib.blake2b(repr([(photo.stem, photo.captions) for photo in photos]).encode()).hexdigest()

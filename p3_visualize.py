@@ -194,7 +194,7 @@ def measure_random_weights(model: CaptionModel, grounded: Grounded, table: Groun
 def read_inputs(cfg: Config) -> tuple[list[Photo], dict[str, str], Instances | None]:
     """The photos, a note for each that was chosen by its score, and the masks. Raises UserError."""
     if cfg.annotations:
-        photos = read_annotations(cfg.annotations, cfg.images, limit=cfg.limit, some_missing=True)
+        photos = read_annotations(cfg.annotations, cfg.images, limit=cfg.limit, missing=True)
     else:
         photos = find_photos(cfg.images, cfg.limit, cfg.recursive, cfg.output)
     check_apart([cfg.output / picture_name(photo) for photo in photos], [photo.path for photo in photos])

@@ -123,8 +123,7 @@ def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]
 
 
 def _read_yaml(key: str, file: str) -> dict[str, Any]:
-    expected = f"{key}: {file}: expected YAML lines of `key: value`"
-    expected += f", or single settings as --{key}.NAME VALUE" * (key != "config")
+    expected = f"{key}: {file}: expected YAML lines of `key: value`" + f" (or --{key}.NAME VALUE)" * (key != "config")
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8-sig")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
@@ -149,7 +148,7 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
             raise UserError(f"{match[2]}: required, not given") from None
         if match is None or match[1] not in settings:
             raise UserError(" ".join(str(error).split())) from None
-        expected, got = _in_words(fields[match[1]]), re.sub(r"""[][{}"']""", "", str(settings[match[1]]))
+        expected, got = _in_words(fields[match[1]]), str(settings[match[1]])
         raise UserError(f"{match[1]}: expected {expected}, got {got!r}") from None
     return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
 
@@ -204,11 +203,7 @@ def _in_words(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts))
     if origin is list:
-        return (
-            _in_words(*parts).replace("one of", "one or more of")
-            if get_args(*parts)
-            else f"a list of {_in_words(*parts)}"
-        )
+        return f"a list of {_in_words(*parts)}".replace("a list of one of", "one or more of")
     if parts:  # of a union
         return " or ".join(map(_in_words, parts))
     return "null" if kind is type(None) else kind.__name__

@@ -13,22 +13,20 @@ from data.forms import Contents, is_unicode, read_contents
 from data.names import PHOTO_SUFFIXES, finder
 from data.photos import Photo, first_of, is_photo
 
+Images = Path | Sequence[Path] | None
+Limits = tuple[int | None, int | None]  # of the training and of the validation photos
 Source = tuple[Path | None, Path | None]  # annotations, folder of photos
 WANTED = "a folder of photos, photos, a list of photos, or an annotation file"
 
 
 def read_annotations(
-    annotations: Path,
-    images: Path | Sequence[Path] | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    some_missing: bool = False,
+    annotations: Path, images: Images = None, split: str | None = None, limit: int | None = None, missing: bool = False
 ) -> list[Photo]:
     """The captioned photos of `annotations` in the file's order, captions in theirs, white space collapsed.
 
-    `images` is their folder, or several of which one has all; without it one beside the file is taken if all of the photos lie there, else each
-    `path` is None. With `some_missing` one photo that is there is enough: the others are bad photos when they are
-    opened. A name that is not there means the only file that `data.names` matches with it. `split` is the name of a
+    `images` is their folder, or several of which one has all; without it one beside the file is taken if all of the
+    photos lie there, else each `path` is None. With `missing` some photos may be absent: they are bad photos when they
+    are opened. A name that is not there means the only file that is alike (`data.names`). `split` is the name of a
     split of the file ('train' takes Karpathy's 'restval' too, 'dev' is 'val'), or of one of Flickr8k's lists beside
     it, or the path of a text file with one photo name a line. `limit` keeps the first so many. Photos without a
     caption are left out: COCO's lists hold some, and there is nothing to learn from them or to score against. So is
@@ -47,27 +45,18 @@ def read_annotations(
     if not names:
         raise UserError(f"{annotations}: no photo with a caption" + (f" in split {split!r}" if split else ""))
     folders = _listed(images) or _folders_beside(annotations)
-    check(
-        [
-            f"{folder}: not a folder; expected the photos of {annotations}"
-            for folder in folders
-            if not os.path.isdir(folder)
-        ]
-    )
+    check([f"{one}: not a folder; expected the photos of {annotations}" for one in folders if not os.path.isdir(one)])
     folder, paths = _find(annotations, contents, names, folders)
-    missing = [name for name, path in zip(names, paths) if path is None]
-    if some_missing and len(missing) < len(names):
-        paths = [path or folder / name for name, path in zip(names, paths)]
-    elif missing and images is not None:
+    absent = [name for name, path in zip(names, paths) if path is None]
+    if absent and not (missing and any(paths)):
         there = ", ".join(sorted(os.listdir(folder))[:3]) or "nothing"
-        raise UserError(f"{folder}: {first_of(missing)} of {annotations} not there; it holds {there} ...")
-    elif missing:
-        paths = [None] * len(names)
-    return _photos(names, paths, contents)
+        check([f"{folder}: {first_of(absent)} of {annotations} not there; it holds {there} ..."] * bool(images))
+        return _photos(names, [None] * len(names), contents)
+    return _photos(names, [path or folder / name for name, path in zip(names, paths)], contents)
 
 
 def find_photos(
-    images: Path | Sequence[Path], limit: int | None = None, recursive: bool = False, output: Path | None = None
+    images: Images, limit: int | None = None, recursive: bool = False, output: Path | None = None
 ) -> list[Photo]:
     """The photos that `images` stands for, without captions.
 
@@ -89,15 +78,15 @@ def find_photos(
         elif held := read_contents(source, captioned=False, expected=WANTED):
             names = list(held.captions)[:limit]
             folder, found = _find(source, held, names, _folders_beside(source))
-            if names and not any(found):
-                looked = ", ".join(map(str, _folders_beside(source)))
-                raise UserError(f"{source}: {first_of(names)} not beside it; looked in {looked}")
             found = [path or folder / name for name, path in zip(names, found)]
             contents.files |= {str(source / name): content for name, content in held.files.items()}
         else:
-            found = _of_list(source, limit)
+            lines = [line.replace("\\", "/") for line in _lines(read_text(source, WANTED))][:limit]
+            found = [path if os.path.isfile(path := source.parent / line) else Path(line) for line in lines]
         if not found:
             raise UserError(f"{source}: no photos there ({' '.join(sorted(PHOTO_SUFFIXES))})")
+        if not contents.files and not any(map(os.path.isfile, found)):
+            raise UserError(f"{source}: {first_of(found)} not there; expected one path a line, or photos beside it")
         paths += found
     check_apart([output] if output else [], [*_listed(images), *paths])
     return _photos(paths := list(dict.fromkeys(paths))[:limit], paths, contents)  # one that is named twice is one photo
@@ -123,12 +112,7 @@ def names_splits(annotations: Path) -> bool:
 
 
 def read_splits(
-    data: Path | None,
-    train: Source,
-    val: Source,
-    limit: int | None = None,
-    val_limit: int | None = None,
-    some_missing: bool = False,
+    data: Path | None, train: Source, val: Source, limits: Limits = (None, None), missing: bool = False
 ) -> tuple[list[Photo], list[Photo]]:
     """Training and validation photos with captions, from a folder `data` or from `train` and `val`; val may be empty.
 
@@ -140,9 +124,9 @@ def read_splits(
     if val[0] is None and names_splits(train[0]):
         val = train[0], val[1]
     splits = []
-    for (annotations, images), name, most in ((train, "train", limit), (val, "val", val_limit)):
+    for (annotations, images), name, most in ((train, "train", limits[0]), (val, "val", limits[1])):
         split = name if train[0] == val[0] else None
-        photos = read_annotations(annotations, images, split, most, some_missing) if annotations else []
+        photos = read_annotations(annotations, images, split, most, missing) if annotations else []
         if any(photo.path is None for photo in photos):
             raise UserError(f"images: expected the folder of the photos of {annotations}, none given")
         splits.append(photos)
@@ -181,7 +165,7 @@ def _photos(names: list, paths: list, contents: Contents) -> list[Photo]:
     return photos
 
 
-def _listed(images: Path | Sequence[Path] | None) -> list[Path]:
+def _listed(images: Images) -> list[Path]:
     return [images] if isinstance(images, Path) else list(images or ())
 
 
@@ -200,8 +184,7 @@ def _of_folder(folder: Path, recursive: bool) -> list[Path]:
         raise UserError(f"{folder}: {(error.strerror or str(error)).lower()}; expected a folder of photos") from None
     found = [path for path in found if not path.name.startswith(".")]  # macOS leaves ._NAME.jpg
     paths = [path for path in found if os.path.isfile(path) and is_photo(path)]
-    others = sorted(set(found) - set(paths))
-    kinds = Counter(_kind(path) for path in others if not (recursive and os.path.isdir(path)))
+    kinds = Counter(_kind(path) for path in set(found) - set(paths) if not (recursive and os.path.isdir(path)))
     if kinds:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         print(f"{folder}: not read: {listed}", file=sys.stderr)
@@ -211,17 +194,7 @@ def _of_folder(folder: Path, recursive: bool) -> list[Path]:
 def _kind(path: Path) -> str:
     if os.path.isdir(path):
         return "subfolder (--recursive enters it)"
-    return (path.suffix or "without suffix") + ("" if os.path.exists(path) else ", a link to nothing")
-
-
-def _of_list(file: Path, limit: int | None) -> list[Path]:
-    """The photos of a list, one path a line. One that is not there is a bad photo, but at least one must be there."""
-    names = [name.replace("\\", "/") for name in _lines(read_text(file, WANTED))][:limit]
-    paths = [path if os.path.isfile(path := file.parent / name) else Path(name) for name in names]
-    missing = [name for name, path in zip(names, paths) if not os.path.isfile(path)]
-    if names and len(missing) == len(names):
-        raise UserError(f"{file}: {first_of(missing)} not there; expected one path a line")
-    return paths
+    return (path.suffix or "without suffix") + ", a link to nothing" * (not os.path.exists(path))
 
 
 def _in_folder(folder: Path, names: list[str]) -> list[Path | None]:
@@ -232,12 +205,9 @@ def _in_folder(folder: Path, names: list[str]) -> list[Path | None]:
     alike = finder((one,) for one in os.listdir(folder))
 
     def path_of(name: str) -> Path | None:
-        inside = name if ".." not in Path(name).parts else Path(name).name
-        for one in (inside.lstrip("/"), Path(name).name, alike(name)):
-            # os.path.isfile, since Path.is_file raises on names too long for the file system, as lines of prose are
-            if one and os.path.isfile(folder / one):
-                return folder / one
-        return None
+        inside = (os.path.normpath(f"/{name}").lstrip("/"), Path(name).name, alike(name) or "")
+        # os.path.isfile, since Path.is_file raises on names too long for the file system, as lines of prose are
+        return next((folder / one for one in inside if os.path.isfile(folder / one)), None)
 
     return list(map(path_of, names))
 
@@ -249,17 +219,8 @@ def _folders_beside(annotations: Path) -> list[Path]:
     return [folder for folder in (*(root / name for name in names), root.parent / part) if os.path.isdir(folder)]
 
 
-def _find(
-    annotations: Path, contents: Contents, names: list[str], folders: list[Path]
-) -> tuple[Path, list[Path | None]]:
-    """The folder that has the photos `names`, the first of those that have most, and their files in it."""
+def _find(annotations: Path, contents: Contents, names: list[str], folders: list[Path]) -> tuple[Path, list]:
+    """The folder that has the photos `names`, the first of those that have most, and their files in it or None."""
     if contents.files:  # they are inside the annotation file
         return annotations, [annotations / name for name in names]
-    found = []
-    for folder in folders:
-        paths = _in_folder(folder, names)
-        found.append((paths.count(None), folder, paths))
-        if None not in paths:
-            break
-    _, folder, paths = min(found, key=lambda one: one[0])
-    return folder, paths
+    return min(((folder, _in_folder(folder, names)) for folder in folders), key=lambda found: found[1].count(None))

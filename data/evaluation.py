@@ -72,7 +72,7 @@ def read_references(
         raise UserError("annotations: expected either annotations or data, got " + ("both" if data else "neither"))
     if data:
         (annotations, images), split = find_data(data, split or "val"), None
-    return annotations, read_annotations(annotations, images, split, some_missing=missing == "skip")
+    return annotations, read_annotations(annotations, images, split, missing=missing == "skip")
 
 
 def match(
@@ -118,11 +118,8 @@ def match(
 
 def _by_stem(run: Run, find: Callable[[str], str | None]) -> Run:
     """The run with its photos called by the stems that `find` gives. Raises UserError where two are the same photo."""
-    stems = {name: find(name) or name for name in run.captions}
-    counts = Counter(stems.values())
-    twice = [name for name, stem in stems.items() if stem != name and counts[stem] > 1]
-    check([f"predictions: {run.path}: {name!r} means {stems[name]!r}, which has another caption" for name in twice])
-    captions = {stems[name]: caption for name, caption in run.captions.items()}
+    captions = {find(name) or name: caption for name, caption in run.captions.items()}
+    check([f"predictions: {run.path}: two captions of a photo, by other names"] * (len(captions) < len(run.captions)))
     return replace(run, captions=captions, undecoded=frozenset(find(name) or name for name in run.undecoded))
 
 

@@ -208,6 +208,10 @@ def column_mark(text: Any) -> str | None:
     return None
 
 
+def all_lists(data: Any) -> bool:
+    return isinstance(data, dict) and bool(data) and all(isinstance(value, list) for value in data.values())
+
+
 def first_line(text: Any) -> str:
     return text.lstrip().partition("\n")[0] if isinstance(text, str) else ""
 
@@ -224,11 +228,6 @@ def has_name(data: Any) -> bool:
     return any(has(name, data) for name in NAMES)
 
 
-def values_are(kind: Any, data: Any) -> bool:
-    """Whether `data` is an object whose values are all of one kind."""
-    return isinstance(data, dict) and bool(data) and all(isinstance(value, kind) for value in data.values())
-
-
 # ------------------------------------------------------------------------------------------- the table of forms
 
 TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")
@@ -241,7 +240,7 @@ FORMS: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Rows]], ...] = (
         coco_rows,
     ),
     ("JSON records of image and caption", lambda data: has_name(records(data)), json_rows),
-    ("a JSON object {photo: [captions]}", lambda data: values_are(list, data), object_rows),
+    ("a JSON object {photo: [captions]}", all_lists, object_rows),
     ("Flickr8k's lines NAME.jpg#0<tab>caption", lambda data: TOKEN_LINE.match(first_line(data)), token_rows),
     ("a CSV table with columns image and caption", column_mark, table_rows),
 )
@@ -276,18 +275,29 @@ def read_parquet(path: Path) -> list[dict]:
         raise UserError(f"{path}: not a sound Parquet file ({error})") from None
 
 
-def read_contents(path: Path, captioned: bool = True, expected: str = EXPECTED) -> Contents | None:
+def _merged(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which a key that stands there twice has both values: a dict would keep only the last caption."""
+    merged = dict(pairs)
+    return (
+        merged if len(merged) == len(pairs) else {key: [value for one, value in pairs if one == key] for key in merged}
+    )
+
+
+def read_contents(path: Path, captioned: bool = True, exact: bool = False, expected: str = EXPECTED) -> Contents | None:
     """What a file holds. Raises UserError for faults and unknown forms; says on stderr which captions are empty.
 
     With `captioned` False the photos alone are wanted: captions are not read, and plain text of no form gives None.
+    With `exact` captions are predictions: a JSON object {photo: caption} is a form too, and they stay as they are.
     """
-    content = read_parquet(path) if path.suffix == ".parquet" else parse(path, read_text(path, expected))
-    rows = next((rows for _, tells, rows in FORMS if tells(content)), None)
+    parquet = path.suffix == ".parquet"
+    content = read_parquet(path) if parquet else parse(path, read_text(path, expected), object_pairs_hook=_merged)
+    forms = FORMS + (("", lambda data: isinstance(data, dict), object_rows),) * exact
+    rows = next((rows for _, tells, rows in forms if tells(content)), None)
     if rows is None:
         if isinstance(content, str) and not captioned:
             return None
-        raise UserError(f"{path}: {'not a known form' if content else 'empty'}; expected {EXPECTED}")
-    contents = Contents(captioned)
+        raise UserError(f"{path}: {'not a known form' if content else 'empty'}; expected {expected}")
+    contents = Contents(captioned, exact)
     contents.read(rows(content))
     check([f"{path}: {fault}" for fault in contents.faults[:1]] + contents.faults[1:])
     if contents.left_out:

@@ -75,7 +75,7 @@ def _is_segmentation(shape: Any, size: tuple[int, int]) -> bool:
 
 
 def _run_lengths(text: str) -> list[int]:
-    """COCO's compressed run lengths: 5 bits a character, and from the fourth on the difference from the last but one."""
+    """COCO's compressed run lengths, 5 bits a character, from the fourth on as the difference from the last but one."""
     counts, value, shift = [], 0, 0
     for bits in (ord(character) - 48 for character in text):
         value |= (bits & 31) << shift

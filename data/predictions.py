@@ -7,19 +7,9 @@ read too.
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError, check
-from common.files import read_text, write_json
-from data.forms import Contents, column_mark, has_name, json_rows, object_rows, parse, records, table_rows
-
-EXPECTED = "one JSON object {photo stem: caption}, or JSON records or a table of image and caption"
-
-
-def _several(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which a key that stands there twice has both values: a dict would keep only the last caption."""
-    merged = dict(pairs)
-    return (
-        merged if len(merged) == len(pairs) else {key: [value for one, value in pairs if one == key] for key in merged}
-    )
+from common.config import check
+from common.files import write_json
+from data.forms import EXPECTED, read_contents
 
 
 def read_predictions(path: Path) -> dict[str, str]:
@@ -28,21 +18,10 @@ def read_predictions(path: Path) -> dict[str, str]:
     Raises UserError for a file of no known form, for two captions of a photo, and for a caption that is not text or
     holds a lone surrogate (half a UTF-16 pair, which no tokenizer takes).
     """
-    content = parse(path, read_text(path, EXPECTED), EXPECTED, object_pairs_hook=_several)
-    contents = Contents(exact=True)
-    if column_mark(content):
-        contents.read(table_rows(content))
-    elif isinstance(content, dict) and not records(content):
-        contents.read(object_rows(content))
-    elif has_name(content) or isinstance(content, dict):
-        contents.read(json_rows(content))
-    else:
-        kind = "text that is not JSON" if isinstance(content, str) else f"a {type(content).__name__}"
-        raise UserError(f"{path}: holds {kind}; expected {EXPECTED}")
-    several = [name for name, captions in contents.captions.items() if len(captions) > 1]
-    faults = contents.faults + [f"{name!r} stands there twice, or has several captions" for name in several]
-    check([f"{path}: {fault}" for fault in faults[:1]] + faults[1:])
-    return {name: captions[0] for name, captions in contents.captions.items() if captions}
+    expected = f"one JSON object {{photo stem: caption}}, {EXPECTED}"
+    captions = read_contents(path, exact=True, expected=expected).captions
+    check([f"{path}: {name!r} has {len(own)} captions" for name, own in captions.items() if len(own) > 1])
+    return {name: own[0] for name, own in captions.items() if own}
 
 
 def write_predictions(path: Path, captions: dict[str, str], meta: dict[str, Any]) -> None:

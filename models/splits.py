@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -48,8 +48,14 @@ def prepare_split(captioner: Captioner, photos: list[Photo], cache: Path, skip_b
     """
     ids = captioner.tokenizer([c for photo in photos for c in photo.captions], add_special_tokens=False).input_ids
     rest = iter(ids)
-    tokens = {photo.stem: {text: next(rest) for text in photo.captions} for photo in photos}
-    photos = without_long(captioner, photos, tokens, skip_bad_photos)
+    captions = {photo.stem: [next(rest) for _ in photo.captions] for photo in photos}
+    long = [stem for stem, own in captions.items() if max(map(len, own)) > captioner.room()]
+    if long:
+        said = f"annotations: a caption of {first_of(long)} has more tokens than the decoder has room for"
+        if not skip_bad_photos or len(long) == len(photos):
+            raise UserError(f"{said}, {captioner.room()}; skip_bad_photos goes on without these photos")
+        print(f"left out: {said}", file=sys.stderr)
+        photos = [photo for photo in photos if photo.stem not in set(long)]
     features, good, bad = encode_files(captioner.encoder, photos, cache)
     if features is None:
         raise UserError(f"images: none of {len(photos)} photos could be decoded, such as {bad[0]}")
@@ -57,26 +63,8 @@ def prepare_split(captioner: Captioner, photos: list[Photo], cache: Path, skip_b
         check([f"photo {error}" for error in bad] + ["skip_bad_photos goes on without them"])
     for error in bad:
         print(f"skipped photo {error}", file=sys.stderr)
-    photos = [photos[i] for i in good]
-    captions = [[tokens[photo.stem][text] for text in photo.captions] for photo in photos]
-    return Split(photos, features, captions, captioner.tokenizer.eos_token_id)
-
-
-def without_long(captioner: Captioner, photos: list[Photo], tokens: dict, skip: bool) -> list[Photo]:
-    """The photos without captions that the decoder has no room for, `tokens` {stem: {caption: ids}}, named on stderr.
-
-    Raises UserError for them without `skip`, and where none is left.
-    """
-    room = captioner.room()
-    kept = [replace(p, captions=tuple(c for c in p.captions if len(tokens[p.stem][c]) <= room)) for p in photos]
-    long = [photo.stem for photo, own in zip(photos, kept) if own.captions != photo.captions]
-    if long:
-        said = (
-            f"annotations: captions of {first_of(long)} have more than the {room} tokens that the decoder has room for"
-        )
-        check([] if skip and any(one.captions for one in kept) else [said + "; skip_bad_photos leaves them out"])
-        print(f"left out: {said}", file=sys.stderr)
-    return [photo for photo in kept if photo.captions]
+    photos, eos = [photos[i] for i in good], captioner.tokenizer.eos_token_id
+    return Split(photos, features, [captions[photo.stem] for photo in photos], eos)
 
 
 def weigh_by_agreement(split: Split, agreement: dict[str, list[float]], power: float) -> None:

@@ -15,9 +15,11 @@ from common.config import UserError, check, field_types, parse_config
 from common.device import pick_device
 from common.files import (
     JsonLines,
+    check_apart,
     check_output,
     folder_written_whole,
     kept_folder,
+    lock,
     remove_folder,
     restore_folder,
     written_whole,
@@ -106,8 +108,22 @@ def test_lists_of_choices_are_named_in_words():
     class Chosen:
         metrics: list[Literal["cider", "bleu"]] = field(default_factory=list)
 
-    with pytest.raises(UserError, match="^metrics: expected list.one of cider, bleu., got "):
+    with pytest.raises(UserError, match="^metrics: expected one or more of cider, bleu, got "):
         parse_config(Chosen, ["--metrics", "spice"])
+    assert parse_config(Chosen, ["--metrics", "cider,bleu", "cider"]).metrics == ["cider", "bleu", "cider"]
+
+
+def test_paths_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse("--folder=~/photos").folder == Path("/home/me/photos")
+
+
+def test_aliases_in_yaml_and_words_for_a_file_are_refused(tmp_path):
+    (tmp_path / "bomb.yaml").write_text("names: &a [x, x]\nlayers: [*a, *a]\n")
+    with pytest.raises(UserError, match="^config: .*aliases .* are not read"):
+        parse("--config", str(tmp_path / "bomb.yaml"))
+    with pytest.raises(UserError, match=r"^part: greedy: expected YAML lines .* \(or --part.NAME VALUE\)"):
+        parse("--part", "greedy")
 
 
 def test_numbers_are_plain():
@@ -130,7 +146,7 @@ MISTAKES = [
     (["--part.rank", "1.5"], "part.rank: expected PositiveInt, got '1.5'"),
     (["--count"], "count: expected a value, none given"),
     (["--layers"], "layers: expected a value, none given"),
-    (["--layers", "1", "b"], 'layers: expected list[int] or null, got \'["1", "b"]\''),
+    (["--layers", "1", "b"], 'layers: expected a list of int or null, got \'["1", "b"]\''),
     (["stray"], "stray: unknown setting; --help lists them all"),
 ]
 
@@ -149,8 +165,8 @@ def test_mistakes(args, message):
     ("count: 1.5", "count: expected PositiveInt, got '1.5'"),
     ("limit: x", "limit: expected PositiveInt or null, got 'x'"),
     ("limit: -1", "limit: expected PositiveInt or null, got '-1'"),
-    ("layers: [a]", "layers: expected list[int] or null, got \"['a']\""),
-    ("names: 3", "names: expected list[str], got '3'"),
+    ("layers: [a]", "layers: expected a list of int or null, got \"['a']\""),
+    ("names: 3", "names: expected a list of str, got '3'"),
     ("part: {kind: three}", "part.kind: expected one of one, two, got 'three'"),
     ("part: {rank: [1]}", "part.rank: expected PositiveInt, got '[1]'"),
     ("part: 3", "part: expected a mapping of keys to values, got 3"),
@@ -190,6 +206,10 @@ class Config:
 def main(cfg):
     if cfg.how == "mistake": raise UserError("how: expected\\nsomething else")
     if cfg.how == "nothing": raise NothingDone("none of 3 photos could be decoded")
+    if cfg.how == "disk": raise OSError(28, "No space left on device", "out.json")
+    if cfg.how == "memory": raise MemoryError
+    if cfg.how == "emoji": print("a dog \\N{DOG FACE}")
+    if cfg.how == "long": raise UserError("x" * 100_000)
     if cfg.how == "fault": raise ZeroDivisionError
     if cfg.how == "int": os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
     if cfg.how == "term": os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)
@@ -199,12 +219,19 @@ run(main, Config)
 
 def test_exit_codes_and_single_lines(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
+    hows = ("disk", "memory", "emoji", "long", "mistake", "nothing", "fault", "int", "term")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options["env"] = {"PYTHONPATH": ".", "PATH": "", "PYTHONIOENCODING": "cp1252"}
     started = {
-        args: subprocess.Popen([sys.executable, tmp_path / "script.py", *args], stderr=subprocess.PIPE, text=True,
-                               env={"PYTHONPATH": ".", "PATH": ""})
-        for args in ((), *(("--how", how) for how in ("mistake", "nothing", "fault", "int", "term")), ("--who", "x"))
-    }  # fmt: skip
-    done = {args: (process.communicate()[1], process.returncode) for args, process in started.items()}
+        args: subprocess.Popen([sys.executable, tmp_path / "script.py", *args], **options)
+        for args in ((), *(("--how", how) for how in hows), ("--who", "x"))
+    }
+    said = {args: process.communicate() for args, process in started.items()}
+    done = {args: (said[args][1], process.returncode) for args, process in started.items()}
+    assert said["--how", "emoji"] == ("a dog ?\n", "") and done["--how", "emoji"][1] == 0
+    text = "script.py: error: [Errno 28] No space left on device: 'out.json'\n"
+    assert done["--how", "disk"] == (text, 2) and done["--how", "memory"] == ("script.py: error: MemoryError\n", 2)
+    assert len(done["--how", "long"][0]) < 2100
     assert done[()] == ("", 0)
     assert done["--how", "mistake"] == ("script.py: error: how: expected something else\n", 2)
     assert done["--how", "nothing"] == ("script.py: none of 3 photos could be decoded\n", 3)
@@ -239,6 +266,32 @@ def test_temporary_names_fit_the_longest_names(tmp_path):
     assert (tmp_path / ("x" * 250)).read_text() == "whole"
     with pytest.raises(UserError, match="output: .*xxx cannot be written: File name too long"):
         check_output(tmp_path / ("x" * 300), overwrite=False)
+
+
+LOCKED = """
+import sys, time
+from pathlib import Path
+from common.files import lock
+lock(Path(sys.argv[1])), print("locked", flush=True), time.sleep(60)
+"""
+
+
+def test_a_lock_is_of_one_process_and_ends_with_it(tmp_path):
+    command = [sys.executable, "-c", LOCKED, tmp_path / "x.json"]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, env={"PYTHONPATH": ".", "PATH": ""})
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(UserError, match="output: another run is writing .*x.json"):
+        lock(tmp_path / "x.json")
+    other.kill(), other.wait()
+    lock(tmp_path / "x.json")()
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_output_is_an_input(tmp_path):
+    (tmp_path / "a.jpg").touch(), (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="output: .*link/a.jpg is read by this command"):
+        check_apart([tmp_path / "link/a.jpg"], [None, tmp_path / "a.jpg"])
+    check_apart([tmp_path / "b.jpg"], [tmp_path / "a.jpg"])
 
 
 def files_in(folder: Path) -> dict[str, str]:
