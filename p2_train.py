@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from common.config import CommonSettings, UserError, check, flatten, plain, run
 from common.device import Precision, pick_device, torch_dtype
-from common.files import JsonLines, check_output, folder_problems, lock, remove_folder, restore_folder, written_whole
+from common.files import JsonLines, folder_problems, lock, remove_folder, restore_folder, written_whole
 from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, optimizer_steps
 from data.prefetch import prefetch
@@ -115,8 +115,6 @@ def check_settings(cfg: Config) -> None:
         hint = "--resume goes on with it, --overwrite replaces it"
         problems += folder_problems(cfg.output, cfg.overwrite or cfg.resume, hint, marker="config.yaml")
     check(problems)
-    if not cfg.dry_run:
-        check_output(cfg.output / "config.yaml", overwrite=True)
     if cfg.val_cider or cfg.consensus:
         find_java()
 
@@ -179,12 +177,12 @@ class Trainer:
     def train_stage(self, name: str) -> None:
         """Train one stage, epoch by epoch."""
         cfg, stage, accelerator = self.cfg, getattr(self.cfg, name), self.accelerator
+        epoch_steps = len(self.optimizer_steps())
+        if not round(stage.epochs * epoch_steps):
+            return accelerator.print(f"{name}: {stage.epochs:g} epochs of {epoch_steps} steps: nothing is trained")
         self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         accelerator.free_memory()  # the optimizer of the stage before must not be stepped again
         groups = training.set_trainable(self.captioner, name, stage)
-        epoch_steps = len(self.optimizer_steps())
-        if not round(stage.epochs * epoch_steps):
-            accelerator.print(f"{name}: {stage.epochs:g} epochs of {epoch_steps} steps: 0 steps, nothing is trained")
         optimizer = training.make_optimizer(groups, stage)
         schedule = training.make_schedule(optimizer, stage, epoch_steps)
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)

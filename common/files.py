@@ -65,7 +65,7 @@ def lock(path: Path) -> Callable[[], None]:
 
 
 def folder_problems(folder: Path | None, replace: bool, hint: str, marker: str | None = None) -> list[str]:
-    """What is wrong with an output folder: it is a file, or it exists and may not be replaced.
+    """What is wrong with an output folder: it is a file, it cannot be written, or it exists and may not be replaced.
 
     `hint` says what to do then. With a `marker`, a folder that is not empty must hold a file of this name.
     """
@@ -73,6 +73,9 @@ def folder_problems(folder: Path | None, replace: bool, hint: str, marker: str |
         return ["output: required, not given"]
     if folder.exists() and not folder.is_dir():
         return [f"output: {folder} is a file; expected the name of a folder"]
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK) or not there.is_dir():
+        return [f"output: {folder} cannot be written: no permission in {there}"]
     if not folder.exists() or not any(folder.iterdir()):
         return []
     if marker and not (folder / marker).exists():
