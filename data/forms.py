@@ -111,10 +111,8 @@ def caption_in(turns: list) -> str | None:
     'A dog.'
     """
     texts = [str(get(turn, "value", "content")) for turn in turns]
-    asks = re.compile(
-        "<im(age|g).*(caption|descri|summar)|(caption|descri|summar).*<im(age|g)", re.DOTALL | re.IGNORECASE
-    )
-    return next((answer for question, answer in zip(texts, texts[1:]) if asks.search(question)), None)
+    asks = re.compile("(?is)(?=.*<im(age|g))(?=.*(caption|descri|summar))")
+    return next((answer for question, answer in zip(texts, texts[1:]) if asks.match(question)), None)
 
 
 def has(key: str, records: Any) -> bool:
@@ -166,33 +164,26 @@ def object_rows(data: dict[str, Any]) -> Rows:
 
 
 def token_rows(text: str) -> Rows:
-    def record_of(line: str) -> dict:
-        match = TOKEN_LINE.fullmatch(line)
-        if match is None:
-            raise Fault(f"expected NAME.jpg#0<tab>caption, got {line!r:.60}")
-        return {"image": match[1], "caption": match[2]}
-
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip() and not re.match(r".*\.jpg\.\d+#", line):  # the published file has one NAME.jpg.1, no photo
-            yield f"line {number}", partial(record_of, line)
+    text = re.sub(r"(?m)^.*\.jpg\.\d+#.*$", "", text)  # the published file has one NAME.jpg.1, which is no photo
+    return table_rows(re.sub(r"#\d+\t", "\t", text), "\t", ["image", "caption"])
 
 
-def table_rows(text: str) -> Rows:
-    mark = column_mark(text)
+def table_rows(text: str, mark: str | None = None, header: list[str] | None = None) -> Rows:
+    mark = mark or column_mark(text)
     if mark == "|":  # one row of the published Flickr30k lacks its second bar
         text = re.sub(r"^([^|\n]+\| *\d+) +(?=[^| ])", r"\1| ", text, flags=re.MULTILINE)
     # `strict`, else a quote left open would quietly swallow the rows below it into one caption
-    quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL
+    quoting = csv.QUOTE_NONE if mark == "|" or header else csv.QUOTE_MINIMAL
     table = csv.reader(io.StringIO(text), delimiter=mark, quoting=quoting, strict=True)
-    rows = ([cell.strip() for cell in row] for row in table if row)
+    rows = (cells for row in table if any(cells := [cell.strip() for cell in row]))
 
     def record_of(row: list[str]) -> dict:
         if len(row) != len(header):
-            raise Fault(f"{len(row)} columns, expected {len(header)} (captions with {mark!r} go in quotes)")
+            raise Fault(f"{len(row)} columns, expected {len(header)} (with {mark!r} between them), got {row!r:.60}")
         return dict(zip(header, row))
 
     try:
-        header = [column.lower() for column in next(rows)]
+        header = header or [column.lower() for column in next(rows)]
         for row in rows:
             yield f"line {table.line_num}", partial(record_of, row)
     except csv.Error as error:
@@ -217,10 +208,11 @@ def first_line(text: Any) -> str:
 
 
 def records(data: Any) -> list:
-    """The records in JSON data: a list, the first list of records in an object, or the object itself."""
-    if isinstance(data, dict) and not has_name(data):
-        return next((value for value in data.values() if isinstance(value, list) and has_name(value)), [])
-    return data if isinstance(data, list) else [data]
+    """The records in JSON data: a list, the first list of records in an object, or the object if it is a record."""
+    if not isinstance(data, dict):
+        return data
+    lists = [value for value in data.values() if isinstance(value, list) and has_name(value)]
+    return lists[0] if lists else [data] if any(has(key, data) for key in CAPTIONS) else []
 
 
 def has_name(data: Any) -> bool:
@@ -234,11 +226,7 @@ TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")
 
 # A form's name; whether a file's JSON, or its text where it is no JSON, is of it (the first that says so); its records.
 FORMS: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Rows]], ...] = (
-    (
-        "COCO's and Karpathy's JSON ('images')",
-        lambda data: isinstance(data, dict) and isinstance(data.get("images"), list),
-        coco_rows,
-    ),
+    ("COCO's or Karpathy's 'images'", lambda data: has("images", data) and isinstance(data, dict), coco_rows),
     ("JSON records of image and caption", lambda data: has_name(records(data)), json_rows),
     ("a JSON object {photo: [captions]}", all_lists, object_rows),
     ("Flickr8k's lines NAME.jpg#0<tab>caption", lambda data: TOKEN_LINE.match(first_line(data)), token_rows),
@@ -277,10 +265,9 @@ def read_parquet(path: Path) -> list[dict]:
 
 def _merged(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object in which a key that stands there twice has both values: a dict would keep only the last caption."""
-    merged = dict(pairs)
-    return (
-        merged if len(merged) == len(pairs) else {key: [value for one, value in pairs if one == key] for key in merged}
-    )
+    if len(dict(pairs)) == len(pairs):
+        return dict(pairs)
+    return {key: [value for one, value in pairs if one == key] for key, _ in pairs}
 
 
 def read_contents(path: Path, captioned: bool = True, exact: bool = False, expected: str = EXPECTED) -> Contents | None:
@@ -301,7 +288,6 @@ def read_contents(path: Path, captioned: bool = True, exact: bool = False, expec
     contents.read(rows(content))
     check([f"{path}: {fault}" for fault in contents.faults[:1]] + contents.faults[1:])
     if contents.left_out:
-        print(
-            f"{path}: {len(contents.left_out)} captions left out: {'; '.join(contents.left_out[:3])}", file=sys.stderr
-        )
+        some = "; ".join(contents.left_out[:3])
+        print(f"{path}: {len(contents.left_out)} captions left out: {some}", file=sys.stderr)
     return contents

@@ -5,7 +5,6 @@ import io
 import math
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -34,7 +33,6 @@ PIXELS = 2**22  # of a photo in memory; a larger one is shrunk as it is decoded,
 SHORT_EDGE = 512  # px, which shrinking leaves: more than encoders read
 LONGEST = 500  # times the short edge; resizing to an encoder's input makes gigabytes of a longer strip
 Image.MAX_IMAGE_PIXELS = 110_000_000  # PIL refuses twice as many: phones make photos of 200 megapixels
-_large = threading.Lock()  # one large photo is decoded at a time
 
 # Damaged EXIF and large photos make PIL warn though the photo reads well. A filter that stands, since
 # `warnings.catch_warnings` around each photo would swap the whole process's filters under the other threads.
@@ -137,26 +135,18 @@ def _decode(content: bytes) -> Image.Image:
         short, long = sorted(image.size)
         if long > LONGEST * short:
             raise ValueError(f"{image.width} x {image.height} pixels: more than {LONGEST} times as long as wide")
-        if short * long <= PIXELS:
-            return _upright(image)
-        with _large:
-            return _upright(image, min(math.ceil(math.sqrt(short * long / PIXELS)), max(1, short // SHORT_EDGE)))
-
-
-def _upright(image: Image.Image, shrink: int = 1) -> Image.Image:
-    """The photo in RGB, a `shrink`-th as wide and high, EXIF rotation and transparency applied."""
-    width = image.width
-    image.draft(None, (width // shrink, image.height // shrink))  # a JPEG's decoder shrinks without decoding it whole
-    image.load()
-    shrink = max(1, round(shrink * image.width / width))  # what is left to do
-    with suppress(Exception):  # EXIF that cannot be parsed says nothing of the rotation; the pixels are sound
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _grey8(image)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA").reduce(shrink)
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB").reduce(shrink)
+        shrink = min(math.ceil(math.sqrt(short * long / PIXELS)), max(1, short // SHORT_EDGE))
+        image.draft(None, (image.width // shrink, image.height // shrink))  # a JPEG's decoder shrinks as it decodes
+        image.load()
+        shrink = max(1, round(shrink * max(image.size) / long))  # what is left to do
+        with suppress(Exception):  # EXIF that cannot be parsed says nothing of the rotation; the pixels are sound
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = _grey8(image)
+        elif image.has_transparency_data:
+            image = image.convert("RGBA").reduce(shrink)
+            image, shrink = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image), 1
+        return image.convert("RGB").reduce(shrink)
 
 
 def _grey8(image: Image.Image) -> Image.Image:

@@ -249,7 +249,7 @@ BAD_ANNOTATIONS = {
     "deep JSON": ("[" * 100_000, ["not JSON"]),
     "predictions": ({"a": "a dog"}, ["not a known form", "'images'"]),
     "a list": ([1], ["not a known form", "'images'"]),
-    "images an object": ({"images": {}, "annotations": []}, ["not a known form", "'images'"]),
+    "images an object": ({"images": {"1": {}}}, ["images[0]: expected an object"]),
     "no annotations": ({"images": []}, ["no photo with a caption"]),
     "instances": (
         edited(coco(), lambda data: [one.pop("caption") for one in data["annotations"]]),
