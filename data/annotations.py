@@ -178,10 +178,7 @@ def _lines(text: str) -> list[str]:
 
 def _of_folder(folder: Path, recursive: bool) -> list[Path]:
     """The photos of a folder by name; what else is there is counted on stderr."""
-    try:
-        found = sorted(folder.rglob("*") if recursive else folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder}: {(error.strerror or str(error)).lower()}; expected a folder of photos") from None
+    found = sorted(folder.rglob("*") if recursive else folder.iterdir())
     found = [path for path in found if not path.name.startswith(".")]  # macOS leaves ._NAME.jpg
     paths = [path for path in found if os.path.isfile(path) and is_photo(path)]
     kinds = Counter(_kind(path) for path in set(found) - set(paths) if not (recursive and os.path.isdir(path)))

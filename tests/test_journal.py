@@ -1,6 +1,8 @@
 """Captioning that is stopped and goes on, and sampling that heeds the photo alone."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,18 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
     (tmp_path / "y.journal.jsonl").mkdir()
     with pytest.raises(UserError, match="y.journal.jsonl is a folder"):
         Journal(tmp_path / "y.json", {"best": {}})
+
+
+def test_two_runs_do_not_share_a_journal(tmp_path, photos):
+    code = "import sys; from pathlib import Path; from data.journal import Journal;"
+    code += "j = Journal(Path(sys.argv[1]), {'a': {}});"
+    command = [sys.executable, "-c", code + "print(flush=True); sys.stdin.read()", tmp_path / "x.json"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PYTHONPATH": "."}) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="^output: another run is writing .*x.json; wait for it"):
+            Journal(tmp_path / "x.json", {"a": {}}, overwrite=True)
+        other.kill()
+    Journal(tmp_path / "x.json", {"a": {}})  # the lock of a process that was killed is no hindrance
 
 
 def test_nothing_readable_is_nothing_done(tmp_path, photos):
