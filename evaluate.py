@@ -42,11 +42,11 @@ class Config(CommonSettings):
     """What is scored, against what, and how."""
 
     predictions: list[Path]
-    """JSON files {image stem: caption}; from the second on each is compared with the first."""
+    """JSON files {image stem: caption}, or another form of data/forms.py; each is compared with the first."""
     data: Path | None = None
     """Folder with val.json (or SPLIT.json) and images/; or name the two below."""
     annotations: Path | None = None
-    """The references: COCO style, Karpathy's JSON, Flickr8k's token file or a CSV of image,caption."""
+    """The references, in a form that data/forms.py reads: COCO, Karpathy, Flickr8k, Flickr30k, tables, JSON, Parquet."""
     images: Path | None = None
     """Folder of the photos; only CLIPScore reads them, and finds them itself where they lie beside the annotations."""
     metrics: list[Literal[tuple(METRICS)]] = field(default_factory=lambda: ["cider", "clipscore"])

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.config import CommonSettings, NothingDone, UserError, check, plain, run
 from common.device import Precision, pick_device, torch_dtype
-from common.files import check_apart, folder_problems, read_text, write_json
+from common.files import check_apart, check_output, folder_problems, read_text, write_json
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.photos import LoadedPhoto, Photo, PhotoBatches
@@ -223,6 +223,7 @@ def finish(drawn: list[dict], table: GroundingTable, cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check_settings(cfg)
     photos, notes, instances = read_inputs(cfg)
+    check_output(cfg.output / "index.html", overwrite=True)
     model = load_model(cfg)
     if cfg.annotations:
         model.check_room(max(len(model.ids(text)) for photo in photos for text in photo.captions), "annotations")

@@ -103,6 +103,7 @@ def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]
     files = {"config"} | {name.rpartition(".")[0] for name in fields if "." in name}  # settings, or a group of them
     while args:
         flag, equals, value = args.pop(0).partition("=")
+        value = os.path.expanduser(value)  # shells leave the `~` of `--images=~/photos`
         key = aliases.get(flag.removeprefix("--"), flag.removeprefix("--"))
         kind, values = fields.get(key), [value] if equals else []
         while not equals and args and not args[0].startswith("--") and (_is_list(kind) or not values):
@@ -125,11 +126,11 @@ def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]
 def _read_yaml(key: str, file: str) -> dict[str, Any]:
     expected = f"{key}: {file}: expected YAML lines of `key: value`" + f" (or --{key}.NAME VALUE)" * (key != "config")
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
+        text = Path(file).read_text(encoding="utf-8-sig")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise ValueError("aliases (*NAME) are not read, since a few of them can stand for gigabytes")
         values = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, RuntimeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{expected}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{expected}, got {values!r:.60}")
@@ -177,14 +178,7 @@ def _parser(Config: type) -> ArgumentParser:
 
 
 def _plain(value: Any) -> Any:
-    """A config with plain numbers, and paths without `~`, which shells leave in `--images=~/photos`.
-
-    A number of type PositiveFloat would be pickled as such, and no safe loader takes it back.
-    """
-    if isinstance(value, list):
-        return list(map(_plain, value))
-    if isinstance(value, Path):
-        return Path(os.path.expanduser(value))
+    """A config with plain numbers: one of PositiveFloat would be pickled as such, and no safe loader takes it back."""
     if dataclasses.is_dataclass(value):
         fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
@@ -218,8 +212,7 @@ def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | No
     """Parse the command line, call `main` with it and end the process with the suite's exit codes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     name = Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows `?` for what it lacks
-        stream.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows `?` for what it lacks
     try:
         main(parse_config(Config, aliases=aliases))
     except (UserError, OSError, MemoryError, RecursionError) as error:  # full disks, paths that the system refuses

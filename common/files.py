@@ -48,24 +48,26 @@ def check_apart(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
 def lock(path: Path) -> Callable[[], None]:
     """Keep the output `path`, a file or a folder, until the process ends or calls what is returned.
 
-    Raises UserError where another process has it; a dead process has nothing.
+    Raises UserError where another process has it, or where nothing can be written; a dead process has nothing.
     """
-    held = FileLock(path.with_name(f".{path.name[-60:]}.lock"), timeout=0, is_singleton=True)
+    file = path.with_name(f".{path.name[-60:]}.lock")
+    check_output(file, overwrite=True)
+    held = FileLock(file, timeout=0, is_singleton=True)
     try:
         held.acquire()
     except Timeout:
         raise UserError(f"output: another run is writing {path}; wait for it, or give another name") from None
 
     def unlock() -> None:
-        with suppress(OSError):
-            os.unlink(held.lock_file)
+        with suppress(OSError):  # Windows deletes no open file
+            file.unlink()
         held.release(force=True)
 
     return atexit.register(unlock)
 
 
 def folder_problems(folder: Path | None, replace: bool, hint: str, marker: str | None = None) -> list[str]:
-    """What is wrong with an output folder: it is a file, it cannot be written, or it exists and may not be replaced.
+    """What is wrong with an output folder: it is a file, or it exists and may not be replaced.
 
     `hint` says what to do then. With a `marker`, a folder that is not empty must hold a file of this name.
     """
@@ -73,9 +75,6 @@ def folder_problems(folder: Path | None, replace: bool, hint: str, marker: str |
         return ["output: required, not given"]
     if folder.exists() and not folder.is_dir():
         return [f"output: {folder} is a file; expected the name of a folder"]
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK) or not there.is_dir():
-        return [f"output: {folder} cannot be written: no permission in {there}"]
     if not folder.exists() or not any(folder.iterdir()):
         return []
     if marker and not (folder / marker).exists():

@@ -287,6 +287,12 @@ def test_a_lock_is_of_one_process_and_ends_with_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as in a folder of mode 555
+    with pytest.raises(UserError, match="^output: .*run.lock cannot be written: no permission"):
+        lock(tmp_path / "run")
+
+
 def test_no_output_is_an_input(tmp_path):
     (tmp_path / "a.jpg").touch(), (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(UserError, match="output: .*link/a.jpg is read by this command"):
