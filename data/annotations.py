@@ -97,12 +97,10 @@ def find_data(root: Path, split: str) -> tuple[Path, Path]:
 
     Raises UserError where they are not there.
     """
-    annotations, images = root / f"{split}.json", root / "images" / split
-    if not os.path.isdir(images):
-        images = root / "images"
+    annotations, own, images = root / f"{split}.json", root / "images" / split, root / "images"
     missing = [f"{annotations}: no such file, expected the captions of {split!r}"] * (not os.path.isfile(annotations))
     check(missing + [f"{images}: no such folder, expected the photos"] * (not os.path.isdir(images)))
-    return annotations, images
+    return annotations, own if os.path.isdir(own) else images
 
 
 def names_splits(annotations: Path) -> bool:
@@ -153,10 +151,12 @@ def _of_split(annotations: Path, contents: Contents, names: list[str], split: st
 
 def _photos(names: list, paths: list, contents: Contents) -> list[Photo]:
     """Photos under their stems; those of one stem under their names, with the folders in which they differ."""
-    stems, photos = Counter(Path(name).stem for name in names), []
-    above = os.path.commonpath([os.path.abspath(Path(name).parent) for name in names])
-    for name, path in zip(map(str, names), paths):
-        stem = Path(name).stem if stems[Path(name).stem] == 1 else os.path.relpath(name, above)
+    stems, photos = [Path(name).stem for name in names], []
+    counts = Counter(stems)
+    folders = {os.path.dirname(os.path.abspath(name)) for name, stem in zip(names, stems) if counts[stem] > 1}
+    above = os.path.commonpath(folders) if folders else ""
+    for name, stem, path in zip(map(str, names), stems, paths):
+        stem = stem if counts[stem] == 1 else os.path.relpath(name, above)
         captions = tuple(contents.captions.get(name, ()))
         if is_unicode(stem):
             photos.append(Photo(stem, path, captions, contents.ids.get(name, ""), contents.files.get(name)))
@@ -202,9 +202,11 @@ def _in_folder(folder: Path, names: list[str]) -> list[Path | None]:
     alike = finder((one,) for one in os.listdir(folder))
 
     def path_of(name: str) -> Path | None:
-        inside = (os.path.normpath(f"/{name}").lstrip("/"), Path(name).name, alike(name) or "")
+        inside = (
+            find(name) for find in (lambda name: os.path.normpath(f"/{name}").lstrip("/"), os.path.basename, alike)
+        )
         # os.path.isfile, since Path.is_file raises on names too long for the file system, as lines of prose are
-        return next((folder / one for one in inside if os.path.isfile(folder / one)), None)
+        return next((folder / one for one in inside if one and os.path.isfile(folder / one)), None)
 
     return list(map(path_of, names))
 

@@ -7,11 +7,12 @@ record names a photo by one of NAMES, its captions by one of CAPTIONS, and may h
 import csv
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from common.config import UserError, check
@@ -136,7 +137,7 @@ def coco_rows(data: dict) -> Rows:
 
     def image_of(image: Any) -> dict:
         name = str(get(image, key, kind=(int, str)))
-        name = str(PurePath(str(image.get("filepath") or ""), name))
+        name = os.path.join(str(image.get("filepath") or ""), name)
         if "annotations" in data:
             id = get(image, "id", kind=(int, str))
             if id in names:
