@@ -406,6 +406,14 @@ def test_predictions_may_name_photos_otherwise(scene, name):
     assert scored(scene, "other")["photos"] == scored(scene, "captions")["photos"]
 
 
+def test_a_null_caption_is_none_and_is_named(scene, capsys):
+    (scene / "captions.json").write_text(json.dumps(CAPTIONS | {"chess": None}))
+    with pytest.raises(UserError, match=r"no caption for 1 photo \(chess\)"):
+        scored(scene, "captions")
+    assert "captions left out: 'chess': chess has null for caption" in capsys.readouterr().err
+    assert scored(scene, "captions", missing="skip")["n"] == 2
+
+
 def test_captions_without_spaces_are_said_to_have_no_word_scores(scene, capsys):
     (scene / "captions.json").write_text(json.dumps(CAPTIONS | {"chess": "\u4e00\u53ea\u72d7"}))
     scored(scene, "captions")
@@ -430,8 +438,7 @@ def test_best_and_worst_are_named(scene, capsys):
         (CAPTIONS, ["--metrics=cider", "--output=val.json"], "output: val.json exists; give another name"),
         (CAPTIONS, ["--metrics=cider", "--output=val.json", "--overwrite"], "val.json exists and holds no scores"),
         ({"truck": 3}, ["--metrics=cider"], "captions.json: 'truck': caption of truck is 3, not text"),
-        (CAPTIONS | {"chess": None}, ["--metrics=cider"], "no caption for 1 photo (chess) of val.json"),
-        (CAPTIONS | {"0": "x"}, ["--metrics=cider"], "captions.json: '0' means 'river', which has another caption"),
+        (CAPTIONS | {"0": "x"}, ["--metrics=cider"], "captions.json: two captions of a photo, by other names"),
         ({"moon": "x"}, ["--metrics=cider"], "(moon) of captions.json; it names photos like 'river'"),
     ],
 )
