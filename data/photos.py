@@ -140,13 +140,15 @@ def _decode(content: bytes) -> Image.Image:
         image.load()
         shrink = max(1, round(shrink * max(image.size) / long))  # what is left to do
         with suppress(Exception):  # EXIF that cannot be parsed says nothing of the rotation; the pixels are sound
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # else it is copied, rotated or not
         if image.mode == "F" or image.mode.startswith("I"):
             image = _grey8(image)
         elif image.has_transparency_data:
             image = image.convert("RGBA").reduce(shrink)
             image, shrink = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image), 1
-        return image.convert("RGB").reduce(shrink)
+        elif image.mode in ("1", "P"):  # whose values are not to be averaged
+            image = image.convert("RGB")
+        return image.reduce(shrink).convert("RGB")
 
 
 def _grey8(image: Image.Image) -> Image.Image:
