@@ -7,6 +7,7 @@ A script ends with `run(main, Config)`. Exit codes: 0 done; 2 the user's mistake
 import dataclasses
 import difflib
 import json
+import os
 import re
 import signal
 import sys
@@ -110,6 +111,7 @@ def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]
     files = {"config"} | {name.rpartition(".")[0] for name in fields if "." in name}  # settings, or a group of them
     while args:
         flag, equals, value = args.pop(0).partition("=")
+        value = os.path.expanduser(value)  # shells leave the `~` of `--images=~/photos`
         key = aliases.get(flag.removeprefix("--"), flag.removeprefix("--"))
         kind, values = fields.get(key), [value] if equals else []
         while not equals and args and not args[0].startswith("--") and (_is_list(kind) or not values):
@@ -121,6 +123,8 @@ def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]
         elif key in files:
             settings |= flatten(_read_yaml(key, values[0]), "" if key == "config" else f"{key}.")
         elif _is_list(kind) and not values[0].startswith("["):
+            if Literal in map(get_origin, get_args(kind)):  # no name of a choice has a comma or a space
+                values = " ".join(values).replace(",", " ").split()
             settings[key] = json.dumps(values, ensure_ascii=False)
         else:
             settings[key] = values[0] if values else "true"
@@ -128,7 +132,7 @@ def _read_flags(args: list[str], fields: dict[str, Any], aliases: dict[str, str]
 
 
 def _read_yaml(key: str, file: str) -> dict[str, Any]:
-    expected = f"{key}: {file}: expected YAML lines of `key: value`"
+    expected = f"{key}: {file}: expected YAML lines of `key: value`" + f" (or --{key}.NAME VALUE)" * (key != "config")
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
@@ -199,7 +203,7 @@ def _in_words(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts))
     if origin is list:
-        return f"list[{_in_words(*parts)}]"
+        return f"a list of {_in_words(*parts)}".replace("a list of one of", "one or more of")
     if parts:  # of a union
         return " or ".join(map(_in_words, parts))
     return "null" if kind is type(None) else kind.__name__

@@ -41,12 +41,9 @@ class FeatureCache:
             return None
 
     def write(self, key: str, array: np.ndarray) -> None:
-        """Keep the array (P, D) of a photo. Raises UserError where it cannot be written."""
-        try:
-            with written_whole(self._path(key)) as part:
-                part.write_bytes(np.asarray(array, self.dtype).tobytes())
-        except OSError as error:
-            raise UserError(f"features: {self.folder} cannot be written: {error.strerror}") from None
+        """Keep the array (P, D) of a photo. Raises OSError where it cannot be written."""
+        with written_whole(self._path(key)) as part:
+            part.write_bytes(np.asarray(array, self.dtype).tobytes())
 
     def check_room(self, count: int) -> None:
         """Make the folder. Raises UserError where it cannot be written, or has too little room for `count` photos.

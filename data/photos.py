@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +17,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from common.config import NothingDone
+from data.names import PHOTO_SUFFIXES
 from data.prefetch import prefetch
 
-PHOTO_SUFFIXES = {*".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split()}
-
 # Named, since otherwise PIL also runs Ghostscript on PostScript, and registers formats late, a race between threads.
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"]
+with suppress(ImportError):  # HEIC, as phones write it, where pillow-heif is installed
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    FORMATS.append("HEIF")
+NO_PHOTOS = {"TIFF", "PPM", "BMP"}  # formats that raw photos or short texts may begin like
+
+PIXELS = 2**22  # of a photo in memory; a larger one is shrunk as it is decoded, so that a batch of them has room
+SHORT_EDGE = 512  # px, which shrinking leaves: more than encoders read
+LONGEST = 500  # times the short edge; resizing to an encoder's input makes gigabytes of a longer strip
+Image.MAX_IMAGE_PIXELS = 110_000_000  # PIL refuses twice as many: phones make photos of 200 megapixels
 
 # Damaged EXIF and large photos make PIL warn though the photo reads well. A filter that stands, since
 # `warnings.catch_warnings` around each photo would swap the whole process's filters under the other threads.
@@ -34,6 +46,21 @@ class Photo:
     stem: str
     path: Path | None
     captions: tuple[str, ...] = ()
+    id: str = field(default="", compare=False)
+    """What the annotations call it besides."""
+    content: bytes | None = field(default=None, compare=False, repr=False)
+    """Its file, where that lies inside another, such as Parquet."""
+
+
+def is_photo(path: Path) -> bool:
+    """Whether a file is a photo by the ending of its name or else by its content."""
+    if path.suffix.lower() in PHOTO_SUFFIXES:
+        return path.is_file()
+    try:
+        with Image.open(path, formats=[name for name in FORMATS if name not in NO_PHOTOS]):
+            return True
+    except Exception:  # decoders raise almost anything
+        return False
 
 
 def first_of(names: Sequence[str | Path], shown: int = 5) -> str:
@@ -74,17 +101,20 @@ def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> Load
     """Read the file of `photo` once: hash its bytes, and decode them to the last one unless the hash is `known`.
 
     The image is upright RGB (8 bits a channel): EXIF rotation is applied, transparency is laid on white, 16-bit and
-    wider grey is scaled to 8 bits, and of an animation the first frame is taken. Raises BadPhoto for what cannot be
-    decoded or has more than 178,956,970 pixels.
+    wider grey is scaled to 8 bits, and of an animation the first frame is taken. A photo of more than `PIXELS` is
+    shrunk by a whole number. Raises BadPhoto for what cannot be decoded, has more than 220,000,000 pixels, or is a
+    strip more than `LONGEST` times as long as wide.
     """
     path, content = photo.path, b""
     if path is None:
         raise BadPhoto(Path(photo.stem), "its file is not known; name the folder of the photos")
     try:
-        content = path.read_bytes()
+        content = photo.content or path.read_bytes()
         key = hashlib.blake2b(content, digest_size=16).hexdigest()
         return LoadedPhoto(photo, None if known and known(key) else _decode(content), key)
     except UnidentifiedImageError:
+        if re.match(rb"....ftyp(hei|hev|mif|msf)", content, re.DOTALL):
+            raise BadPhoto(path, "a HEIC photo; pip install pillow-heif to read it") from None
         raise BadPhoto(path, "not a photo in a known format" if content else "empty file") from None
     except FileNotFoundError:
         raise BadPhoto(path, "no such file") from None
@@ -95,21 +125,29 @@ def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> Load
 
 def _decode(content: bytes) -> Image.Image:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        short, long = sorted(image.size)
+        if long > LONGEST * short:
+            raise ValueError(f"{image.width} x {image.height} pixels: more than {LONGEST} times as long as wide")
+        shrink = min(math.ceil(math.sqrt(short * long / PIXELS)), max(1, short // SHORT_EDGE))
+        image.draft(None, (image.width // shrink, image.height // shrink))  # a JPEG's decoder shrinks as it decodes
         image.load()
+        shrink = max(1, round(shrink * max(image.size) / long))  # what is left to do
         with suppress(Exception):  # EXIF that cannot be parsed says nothing of the rotation; the pixels are sound
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # else it is copied, rotated or not
         if image.mode == "F" or image.mode.startswith("I"):
             image = _grey8(image)
         elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+            image = image.convert("RGBA").reduce(shrink)
+            image, shrink = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image), 1
+        elif image.mode in ("1", "P"):  # whose values are not to be averaged
+            image = image.convert("RGB")
+        return image.reduce(shrink).convert("RGB")
 
 
 def _grey8(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits as mode L. PIL's own conversion clips: a 16-bit photo would turn white."""
     grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-    low, high = 0.0, 65535.0
+    low, high = 0.0, 65535.0 if grey.max() > 4095 else 4095.0  # cameras keep 12 bits in 16
     if image.mode == "F" or grey.min() < low or grey.max() > high:  # no agreed range: stretch from darkest to brightest
         low, high = float(grey.min()), float(grey.max())
     return Image.fromarray(np.round((grey - low) / ((high - low) or 1) * 255).astype(np.uint8))

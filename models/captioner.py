@@ -3,6 +3,7 @@
 The decoder reads `image embeddings + EOS + caption` and learns `caption + EOS`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,14 +95,17 @@ class Captioner(nn.Module):
         self.projector.to(device)
         return self.eval()
 
+    def room(self) -> float:
+        """How many tokens a caption may have, for which the decoder has positions behind the image and EOS."""
+        positions = getattr(causal_lm(self.decoder).config, "max_position_embeddings", math.inf)
+        return positions - self.config.decoder.start_token - self.encoder.tokens - 1
+
     def check_room(self, text_tokens: int, key: str) -> None:
         """Raise a UserError that names the setting `key` where the decoder has no positions for so long a text."""
-        room = getattr(causal_lm(self.decoder).config, "max_position_embeddings", None)
-        start = self.config.decoder.start_token
-        if room is not None and start + self.encoder.tokens + 1 + text_tokens > room:
+        if text_tokens > self.room():
             raise UserError(
-                f"{key}: {'a start token, ' * start}{self.encoder.tokens} image tokens, EOS and {text_tokens} text "
-                f"tokens do not fit into the decoder's {room} positions"
+                f"{key}: {text_tokens} text tokens do not fit behind {self.encoder.tokens} image tokens into the "
+                f"decoder's positions, which have room for {self.room()}"
             )
 
     def generate(

@@ -8,8 +8,9 @@ how it is read, and every tensor must be there, of the right shape, with none le
 """
 
 import json
+import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,20 @@ from models.hub import fetch, load_whole
 FREQUENCIES = "document_frequencies.json"
 PROJECTOR, LORA, CONFIG = "projector.safetensors", "decoder_lora", "captioner.json"
 LORA_WEIGHTS = f"{LORA}/adapter_model.safetensors"
+
+
+def absolute(config: CaptionerConfig, beside: Path = Path()) -> CaptionerConfig:
+    """The config with local models by absolute paths: a checkpoint is to be read from any working directory.
+
+    They are looked for as they are named, and then relative to the folder `beside`.
+    """
+
+    def found(name: str) -> str:
+        return next((os.path.abspath(path) for path in (name, beside / name) if os.path.exists(path)), name)
+
+    encoder, decoder = config.encoder, config.decoder
+    encoder, decoder = replace(encoder, weights=found(encoder.weights)), replace(decoder, model=found(decoder.model))
+    return replace(config, encoder=encoder, decoder=decoder)
 
 
 def save_captioner(
@@ -83,7 +98,7 @@ def check_checkpoint(folder: Path) -> CaptionerConfig:
     """
     file = folder / CONFIG
     try:
-        config = config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8")))
+        config = absolute(config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8"))), folder)
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"{file}: expected the settings of a captioner: {error}") from None
     missing = [name for name in (PROJECTOR, LORA_WEIGHTS) if not (folder / name).is_file()]

@@ -10,7 +10,7 @@ from torch import Tensor
 from common.config import UserError, check
 from data.batches import Row
 from data.features import Features
-from data.photos import Photo
+from data.photos import Photo, first_of
 from models.captioner import Captioner
 from models.features import encode_files
 from models.packing import PackedBatch, pack_rows
@@ -44,10 +44,18 @@ def prepare_split(captioner: Captioner, photos: list[Photo], cache: Path, skip_b
     """Encode `photos` (or read their features from the folder `cache`) and tokenise their captions.
 
     Raises UserError for captions longer than the decoder has positions for, and for photos that cannot be decoded;
-    with `skip_bad_photos` those are named on stderr and left out.
+    with `skip_bad_photos` they are named on stderr and left out.
     """
     ids = captioner.tokenizer([c for photo in photos for c in photo.captions], add_special_tokens=False).input_ids
-    captioner.check_room(max(map(len, ids)), "annotations")
+    rest = iter(ids)
+    captions = {photo.stem: [next(rest) for _ in photo.captions] for photo in photos}
+    long = [stem for stem, own in captions.items() if max(map(len, own)) > captioner.room()]
+    if long:
+        said = f"annotations: a caption of {first_of(long)} has more tokens than the decoder has room for"
+        if not skip_bad_photos or len(long) == len(photos):
+            raise UserError(f"{said}, {captioner.room()}; skip_bad_photos goes on without these photos")
+        print(f"left out: {said}", file=sys.stderr)
+        photos = [photo for photo in photos if photo.stem not in set(long)]
     features, good, bad = encode_files(captioner.encoder, photos, cache)
     if features is None:
         raise UserError(f"images: none of {len(photos)} photos could be decoded, such as {bad[0]}")
@@ -55,10 +63,8 @@ def prepare_split(captioner: Captioner, photos: list[Photo], cache: Path, skip_b
         check([f"photo {error}" for error in bad] + ["skip_bad_photos goes on without them"])
     for error in bad:
         print(f"skipped photo {error}", file=sys.stderr)
-    rest = iter(ids)
-    captions = [[next(rest) for _ in photo.captions] for photo in photos]
-    eos = captioner.tokenizer.eos_token_id
-    return Split([photos[i] for i in good], features, [captions[i] for i in good], eos)
+    photos, eos = [photos[i] for i in good], captioner.tokenizer.eos_token_id
+    return Split(photos, features, [captions[photo.stem] for photo in photos], eos)
 
 
 def weigh_by_agreement(split: Split, agreement: dict[str, list[float]], power: float) -> None:

@@ -1,6 +1,7 @@
 """Heatmaps of captions: a PNG for each photo, with a tile for each word, and one HTML page of all photos."""
 
 import base64
+import re
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,9 +57,12 @@ def _small(image: Image.Image) -> Image.Image:
 
 def draw_words(photo: Drawn, method: str, file: Path) -> None:
     """PNG: the photo, then a tile for each word with its probability p, on one colour scale."""
+    from matplotlib import font_manager, rcParams
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
+    asian = filter(re.compile("CJK|Han|Hei|Gothic").search, font_manager.get_font_names())
+    rcParams["font.family"] = ["DejaVu Sans", *asian]
     words = [i for i, unit in enumerate(photo.units) if any(map(str.isalnum, unit.text)) or not unit.text]
     words = words or list(range(len(photo.units)))  # a full stop has a map too, but it would only set the scale
     columns = min(6, 1 + len(words))

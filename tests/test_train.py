@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections import Counter
 from functools import partial
@@ -30,7 +31,7 @@ from data.annotations import find_photos, read_annotations
 from data.batches import batch_tokens, epoch_batches
 from data.photos import Photo, load_photo
 from data.prefetch import prefetch
-from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner
+from models.checkpoint import LORA_WEIGHTS, PROJECTOR, absolute, check_checkpoint, load_captioner, save_captioner
 from models.decoder import LoraConfig
 from models.encoder import FrozenEncoder, build_encoder
 from models.features import encode_files
@@ -493,9 +494,9 @@ def test_consensus_weights_keep_a_photos_mean_and_favour_what_people_agree_on(co
 def test_resume_refuses_changed_settings_and_overwrite_starts_anew(config, monkeypatch):
     cfg = config(finetune=Stage(epochs=0))
     p2_train.main(cfg)
-    with pytest.raises(UserError, match=r"^resume: seed was 0, is 1; resume: batch_size was 6, is 4$"):
+    with pytest.raises(UserError, match=r"^resume: seed was 0, is 1; resume: batch_size was 6, is 4; give what is in"):
         p2_train.main(dataclasses.replace(cfg, resume=True, seed=1, batch_size=4))
-    with pytest.raises(UserError, match="^resume: align.lr was 0.01, is 0.02$"):
+    with pytest.raises(UserError, match="^resume: align.lr was 0.01, is 0.02; give what is in config.yaml"):
         p2_train.main(dataclasses.replace(cfg, resume=True, align=Stage(epochs=1, lr=2e-2)))
     with pytest.raises(UserError, match="output: .* exists"):
         p2_train.main(cfg)
@@ -506,6 +507,66 @@ def test_resume_refuses_changed_settings_and_overwrite_starts_anew(config, monke
     p2_train.main(dataclasses.replace(cfg, resume=True, seed=2))  # no epoch has ended, so that it begins anew
     assert not same(learnt(cfg.output / "last"), before)
     assert [row["epoch"] for row in rows(cfg.output)] == [1, 1]
+
+
+def test_a_run_goes_on_with_moved_files_but_not_with_other_captions(config, data_root, tmp_path):
+    cfg = config(finetune=Stage(epochs=0), overwrite=True)
+    p2_train.main(cfg)
+    moved = tmp_path / "moved"
+    shutil.copytree(data_root, moved)
+    apart = {"data": None, "annotations": moved / "train.json", "images": moved / "images/train", "resume": True}
+    apart |= {"val_annotations": moved / "val.json", "val_images": moved / "images/val"}
+    p2_train.main(dataclasses.replace(cfg, **apart))
+    (moved / "train.json").write_text((moved / "train.json").read_text().replace("red", "rose"))
+    with pytest.raises(UserError, match="^resume: the training photos or their captions are not those"):
+        p2_train.main(dataclasses.replace(cfg, **apart))
+
+
+def test_a_second_run_into_one_folder_is_refused_and_a_stage_without_steps_is_said(config, capsys):
+    cfg = config(align=Stage(epochs=0.01), finetune=Stage(epochs=0.3))
+    code = "import sys; from pathlib import Path; from common.files import lock; lock(Path(sys.argv[1])); "
+    command = [sys.executable, "-c", code + "print(flush=True); sys.stdin.read()", cfg.output]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PYTHONPATH": "."}) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="^output: another run is writing .*run; wait for it"):
+            p2_train.main(cfg)
+        other.stdin.close()
+    p2_train.main(cfg)
+    assert "align: 0.01 epochs of 4 steps: nothing is trained" in capsys.readouterr().out
+    assert not list(cfg.output.parent.glob(".*"))
+
+
+def test_missing_photos_and_long_captions_are_skipped_where_that_was_said(config, data_root, tmp_path, capsys):
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(data_root, spoilt)
+    (spoilt / "images/train/train2.png").unlink()
+    content = json.loads((spoilt / "train.json").read_text())
+    content["annotations"][-1]["caption"] = "a red box " * 200  # of train7
+    (spoilt / "train.json").write_text(json.dumps(content))
+    cfg = config(data=spoilt, finetune=Stage(epochs=0))
+    with pytest.raises(UserError, match=r"train2.png\) of .*train.json not there"):
+        p2_train.main(cfg)
+    p2_train.main(dataclasses.replace(cfg, skip_bad_photos=True))
+    err = capsys.readouterr().err
+    assert "train2.png: no such file" in err and "a caption of 1 photo (train7) has more tokens" in err
+    shutil.copy(data_root / "images/train/train2.png", spoilt / "images/train")
+    with pytest.raises(UserError, match=r"a caption of 1 photo \(train7\) has more .* skip_bad_photos goes on"):
+        p2_train.main(dataclasses.replace(cfg, overwrite=True))
+
+
+def test_a_checkpoint_is_read_from_any_folder(make_captioner, captioner_config, tmp_path, monkeypatch):
+    config = captioner_config()
+    monkeypatch.chdir(Path(config.encoder.weights).parent)
+    name = Path(config.encoder.weights).name
+    local = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, weights=name))
+    assert absolute(local).encoder.weights == config.encoder.weights
+    save_captioner(make_captioner(), tmp_path / "run")
+    (tmp_path / "run" / name).symlink_to(config.encoder.weights)
+    stored = json.loads((tmp_path / "run/captioner.json").read_text())
+    stored["encoder"]["weights"] = name
+    (tmp_path / "run/captioner.json").write_text(json.dumps(stored))
+    monkeypatch.chdir("/")
+    assert check_checkpoint(tmp_path / "run").encoder.weights == str(tmp_path / "run" / name)  # beside the checkpoint
 
 
 def test_photos_that_cannot_be_decoded(config, data_root, tmp_path, capsys):
