@@ -38,7 +38,7 @@ from models.checkpoint import absolute, find_checkpoint, load_trained, save_capt
 from models.consensus import count_frequencies
 from models.decoder import check_decoder
 from models.encoder import check_encoder
-from models.run_folder import begin_run, data_hash, resumed_state, settings_of
+from models.run_folder import begin_run, resumed_state, settings_of
 from models.splits import Split, prepare_split, weigh_by_agreement
 from pages.figures import plot_losses
 
@@ -319,7 +319,7 @@ def main(cfg: Config) -> None:
     where = {"log_with": cfg.tracker, "project_dir": cfg.output}
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **where)
     unlock = lock(cfg.output / "metrics.jsonl") if accelerator.is_main_process else lambda: None
-    state = resumed_state(cfg, data_hash(photos))
+    state = resumed_state(cfg)
     if state and state.get("step") and state["processes"] != accelerator.num_processes:
         raise UserError(f"resume: inside an epoch, expected {state['processes']} processes, as when it was saved")
     torch.manual_seed(cfg.seed)
@@ -339,7 +339,7 @@ def main(cfg: Config) -> None:
         if cuda_rng is not None and accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_rng, accelerator.device)
     trainer = Trainer(cfg, accelerator, captioner, train, val)
-    trainer.state |= (state or {}) | {"processes": accelerator.num_processes, "data": data_hash(photos)}
+    trainer.state |= (state or {}) | {"processes": accelerator.num_processes}
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()

@@ -183,17 +183,17 @@ def _of_folder(folder: Path, recursive: bool) -> list[Path]:
     found = sorted(folder.rglob("*") if recursive else folder.iterdir())
     found = [path for path in found if not path.name.startswith(".")]  # macOS leaves ._NAME.jpg
     paths = [path for path in found if os.path.isfile(path) and is_photo(path)]
-    kinds = Counter(_kind(path) for path in set(found) - set(paths) if not (recursive and os.path.isdir(path)))
+    kinds = Counter(
+        "subfolder (--recursive enters it)"
+        if os.path.isdir(path)
+        else (path.suffix or "without suffix") + ", a link to nothing" * (not os.path.exists(path))
+        for path in set(found) - set(paths)
+        if not (recursive and os.path.isdir(path))
+    )
     if kinds:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         print(f"{folder}: not read: {listed}", file=sys.stderr)
     return paths
-
-
-def _kind(path: Path) -> str:
-    if os.path.isdir(path):
-        return "subfolder (--recursive enters it)"
-    return (path.suffix or "without suffix") + ", a link to nothing" * (not os.path.exists(path))
 
 
 def _folders_beside(annotations: Path) -> list[Path]:

@@ -21,7 +21,6 @@ from common.files import read_text
 # Keys of a record, or columns of a table: the first of them that is there names the photo, or holds its captions.
 NAMES = ("file_name", "filename", "image_name", "image_path", "image", "image_id", "id")
 CAPTIONS = ("caption", "captions", "text", "sentence", "sentences", "comment", "reference_strs", "caption_str")
-NUMBERED = re.compile(r"(caption|sentence|text)_?\d+")  # columns with a caption each
 UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, Japanese, Chinese characters
 IDS = ("image_id", "cocoid", "imgid", "id")
 
@@ -86,22 +85,17 @@ def get(record: Any, *keys: str, kind: Any = str) -> Any:
     for key in keys:
         if isinstance(values.get(key), kind) and record[key] != "":
             return record[key]
-    words = {str: "text", list: "a list"}.get(kind, "a number or text")
-    there = [key for key in keys if key in values] or keys
-    got = values.get(there[0], record)
-    raise Fault(f"expected an object with {' or '.join(there)} as {words}, got {got!r:.60}")
+    raise Fault(f"expected an object with {' or '.join(keys)}, got {record!r:.60}")
 
 
 def captions_of(record: dict) -> list:
-    """The captions of a record, which may be in a list, in several columns, or in a conversation. Raises Fault."""
+    """The captions of a record, which may be in a list or in a conversation. Raises Fault."""
     if "conversations" in record:
         return [caption_in(get(record, "conversations", kind=list))]
-    keys = [key for key in CAPTIONS if key in record][:1]
-    keys = keys or [key for key in record if NUMBERED.fullmatch(key)]
-    if not keys:
+    key = next((key for key in CAPTIONS if key in record), None)
+    if key is None:
         raise Fault(f"no caption under {', '.join(CAPTIONS[:5])} or the like, got {record!r:.60}")
-    found = [record[key] for key in keys]
-    found = found[0] if isinstance(found[0], list) else found
+    found = record[key] if isinstance(record[key], list) else [record[key]]
     return [one.get("raw") if isinstance(one, dict) else one for one in found]  # "raw" is Karpathy's
 
 
@@ -138,11 +132,10 @@ def coco_rows(data: dict) -> Rows:
     def image_of(image: Any) -> dict:
         name = str(get(image, key, kind=(int, str)))
         name = os.path.join(str(image.get("filepath") or ""), name)
-        if "annotations" in data:
-            id = get(image, "id", kind=(int, str))
-            if id in names:
-                raise Fault(f"id {id} is also the id of {names[id]}")
-            names[id] = name
+        id = get(image, "id", kind=(int, str)) if "id" in image else name
+        if id in names:
+            raise Fault(f"id {id} is also the id of {names[id]}")
+        names[id] = name
         return image | {"file_name": name, "caption": image.get("sentences", [])}
 
     def annotation_of(annotation: Any) -> dict:
@@ -195,13 +188,9 @@ def column_mark(text: Any) -> str | None:
     """What separates the columns of a table whose header names photos and captions; None for what is no such table."""
     for mark in ",;\t|":
         columns = {column.strip(' "\r') for column in first_line(text).lower().split(mark)}
-        if columns & set(NAMES) and (columns & set(CAPTIONS) or any(map(NUMBERED.fullmatch, columns))):
+        if columns & set(NAMES) and columns & set(CAPTIONS):
             return mark
     return None
-
-
-def all_lists(data: Any) -> bool:
-    return isinstance(data, dict) and bool(data) and all(isinstance(value, list) for value in data.values())
 
 
 def first_line(text: Any) -> str:
@@ -229,7 +218,7 @@ TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")
 FORMS: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Rows]], ...] = (
     ("COCO's or Karpathy's 'images'", lambda data: has("images", data) and isinstance(data, dict), coco_rows),
     ("JSON records of image and caption", lambda data: has_name(records(data)), json_rows),
-    ("a JSON object {photo: [captions]}", all_lists, object_rows),
+    ("a JSON object {photo: caption or captions}", lambda data: data and isinstance(data, dict), object_rows),
     ("Flickr8k's lines NAME.jpg#0<tab>caption", lambda data: TOKEN_LINE.match(first_line(data)), token_rows),
     ("a CSV table with columns image and caption", column_mark, table_rows),
 )
@@ -258,10 +247,8 @@ def read_parquet(path: Path) -> list[dict]:
         from pyarrow import parquet
 
         return parquet.read_table(path).to_pylist()
-    except ImportError:
-        raise UserError(f"{path}: a Parquet file; pip install pyarrow to read it") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a sound Parquet file ({error})") from None
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not read as Parquet: {error} (needs: pip install pyarrow)") from None
 
 
 def _merged(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -275,12 +262,11 @@ def read_contents(path: Path, captioned: bool = True, exact: bool = False, expec
     """What a file holds. Raises UserError for faults and unknown forms; says on stderr which captions are empty.
 
     With `captioned` False the photos alone are wanted: captions are not read, and plain text of no form gives None.
-    With `exact` captions are predictions: a JSON object {photo: caption} is a form too, and they stay as they are.
+    With `exact` captions are predictions, which stay as they are and may be empty.
     """
     parquet = path.suffix == ".parquet"
     content = read_parquet(path) if parquet else parse(path, read_text(path, expected), object_pairs_hook=_merged)
-    forms = FORMS + (("", lambda data: isinstance(data, dict), object_rows),) * exact
-    rows = next((rows for _, tells, rows in forms if tells(content)), None)
+    rows = next((rows for _, tells, rows in FORMS if tells(content)), None)
     if rows is None:
         if isinstance(content, str) and not captioned:
             return None

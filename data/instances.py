@@ -1,5 +1,6 @@
 """Masks of the objects in photos, from COCO's instances files (polygons or run lengths)."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,10 @@ def _is_segmentation(shape: Any, size: tuple[int, int]) -> bool:
 
 
 def _run_lengths(text: str) -> list[int]:
-    """COCO's compressed run lengths, 5 bits a character, from the fourth on as the difference from the last but one."""
-    counts, value, shift = [], 0, 0
-    for bits in (ord(character) - 48 for character in text):
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:  # the last character of a number
-            value -= (bits & 16) << (shift - 4)  # of a negative one
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
+    """COCO's compressed run lengths: 5 bits a character, from the fourth on as the difference from the last but one."""
+    counts: list[int] = []
+    for number in re.findall("[P-o]*[0-O]", text) if re.fullmatch("[0-o]*[0-O]", text) else ():
+        value = sum((ord(bits) - 48 & 31) << 5 * place for place, bits in enumerate(number))
+        value -= (ord(number[-1]) - 48 & 16) << 5 * len(number) - 4  # of a negative one
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
     return counts

@@ -30,14 +30,14 @@ def finder(names: Iterable[Sequence[str]]) -> Callable[[str], str | None]:
     >>> find("7"), find("a.png"), find("a")
     ('000000000007.jpg', 'a.png', None)
     """
-    exact, plain = set(), defaultdict(set)
+    meant = defaultdict(set)
     for own in names:
-        exact.add(own[0])
+        meant[own[0]] = {own[0]}
         for name in filter(None, own):
-            plain[plain_name(name)].add(own[0])
+            meant["alike", plain_name(name)].add(own[0])
 
     def find(name: str) -> str | None:
-        candidates = plain[plain_name(name)] if name not in exact else {name}
+        candidates = meant.get(name) or meant.get(("alike", plain_name(name)), ())
         return next(iter(candidates)) if len(candidates) == 1 else None
 
     return find

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import math
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,6 @@ with suppress(ImportError):  # HEIC, as phones write it, where pillow-heif is in
 
     register_heif_opener()
     FORMATS.append("HEIF")
-NO_PHOTOS = {"TIFF", "PPM", "BMP"}  # formats that raw photos or short texts may begin like
 
 PIXELS = 2**22  # of a photo in memory; a larger one is shrunk as it is decoded, so that a batch of them has room
 SHORT_EDGE = 512  # px, which shrinking leaves: more than encoders read
@@ -56,11 +54,9 @@ def is_photo(path: Path) -> bool:
     """Whether a file is a photo by the ending of its name or else by its content."""
     if path.suffix.lower() in PHOTO_SUFFIXES:
         return path.is_file()
-    try:
-        with Image.open(path, formats=[name for name in FORMATS if name not in NO_PHOTOS]):
-            return True
-    except Exception:  # decoders raise almost anything
-        return False
+    with suppress(Exception), Image.open(path, formats=("JPEG", "PNG", "WEBP")):  # raw photos begin like TIFF
+        return True
+    return False
 
 
 def first_of(names: Sequence[str | Path], shown: int = 5) -> str:
@@ -113,9 +109,8 @@ def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> Load
         key = hashlib.blake2b(content, digest_size=16).hexdigest()
         return LoadedPhoto(photo, None if known and known(key) else _decode(content), key)
     except UnidentifiedImageError:
-        if re.match(rb"....ftyp(hei|hev|mif|msf)", content, re.DOTALL):
-            raise BadPhoto(path, "a HEIC photo; pip install pillow-heif to read it") from None
-        raise BadPhoto(path, "not a photo in a known format" if content else "empty file") from None
+        hint = "; HEIC photos need pip install pillow-heif" * (content[4:8] == b"ftyp")
+        raise BadPhoto(path, f"not a photo in a known format{hint}" if content else "empty file") from None
     except FileNotFoundError:
         raise BadPhoto(path, "no such file") from None
     except Exception as error:  # PIL refuses huge photos; decoders of damaged files raise almost anything

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.config import check
 from common.files import write_json
-from data.forms import EXPECTED, read_contents
+from data.forms import read_contents
 
 
 def read_predictions(path: Path) -> dict[str, str]:
@@ -19,8 +19,7 @@ def read_predictions(path: Path) -> dict[str, str]:
     Raises UserError for a file of no known form, for two captions of a photo, and for a caption that is not text or
     holds a lone surrogate (half a UTF-16 pair, which no tokenizer takes).
     """
-    expected = f"one JSON object {{photo stem: caption}}, {EXPECTED}"
-    captions = read_contents(path, exact=True, expected=expected).captions
+    captions = read_contents(path, exact=True).captions
     check([f"{path}: {name!r} has {len(own)} captions" for name, own in captions.items() if len(own) > 1])
     return {name: own[0] for name, own in captions.items() if own}
 

@@ -47,6 +47,7 @@ METRICS: dict[str, Callable[[Captioned], dict[str, Score]]] = {
     "bleu": lambda run: overlap.bleu(run.references, run.captions),
     "rouge": lambda run: {"rouge": overlap.rouge(run.references, run.captions)},
     "meteor": lambda run: {"meteor": overlap.meteor(run.references, run.captions)},
+    "spice": lambda run: {"spice": overlap.spice(run.references, run.captions)},
     "chair": lambda run: chair(run.references, run.captions, run.instances),
     "diversity": lambda run: overlap.diversity(run.captions),
 }

@@ -40,9 +40,8 @@ def absolute(config: CaptionerConfig, beside: Path = Path()) -> CaptionerConfig:
     def found(name: str) -> str:
         return next((os.path.abspath(path) for path in (name, beside / name) if os.path.exists(path)), name)
 
-    encoder, decoder = config.encoder, config.decoder
-    encoder, decoder = replace(encoder, weights=found(encoder.weights)), replace(decoder, model=found(decoder.model))
-    return replace(config, encoder=encoder, decoder=decoder)
+    encoder = replace(config.encoder, weights=found(config.encoder.weights))
+    return replace(config, encoder=encoder, decoder=replace(config.decoder, model=found(config.decoder.model)))
 
 
 def save_captioner(

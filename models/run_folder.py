@@ -1,6 +1,5 @@
 """A run folder of training: what begins it, and what a run needs to go on in it."""
 
-import hashlib
 from typing import Any
 
 import torch
@@ -8,13 +7,11 @@ import yaml
 
 from common.config import UserError, changes, check, flatten, plain
 from common.files import JsonLines, remove_folder, restore_folder, written_whole
-from data.photos import Photo
 from models.checkpoint import check_checkpoint
 
 ONCE = ("overwrite", "resume", "dry_run")  # settings of one call of the script, not of the run
-# settings that change no result; files may have moved, and `data_hash` tells whether their captions are the same
-FILES = ("data", "annotations", "images", "val_annotations", "val_images")
-ELSEWHERE = (*FILES, "device", "features", "output", "save_steps", "tracker")
+# settings that change no result
+ELSEWHERE = ("device", "features", "output", "data", "images", "val_images", "save_steps", "tracker")
 
 
 def settings_of(cfg: Any) -> dict:
@@ -22,15 +19,10 @@ def settings_of(cfg: Any) -> dict:
     return {key: value for key, value in plain(cfg).items() if key not in ONCE}
 
 
-def data_hash(photos: list[Photo]) -> str:
-    """Hash of the names and captions of the training photos, in their order, which decides what an epoch does."""
-    return hashlib.blake2b(repr([(photo.stem, photo.captions) for photo in photos]).encode()).hexdigest()
+def resumed_state(cfg: Any) -> dict | None:
+    """The trainer's state in last/; None where a run begins.
 
-
-def resumed_state(cfg: Any, data: str) -> dict | None:
-    """The trainer's state in last/; None where a run begins. `data` is the `data_hash` of the training photos.
-
-    Raises UserError where the settings or the data have changed, or where the state is damaged or gone.
+    Raises UserError where the settings have changed, or where the state is damaged or gone.
     """
     last, log = cfg.output / "last", cfg.output / "metrics.jsonl"
     restore_folder(last)
@@ -48,10 +40,7 @@ def resumed_state(cfg: Any, data: str) -> dict | None:
     except Exception as error:  # whatever damage a file can have
         raise UserError(f"resume: {last} or config.yaml is damaged ({error}); --overwrite begins anew") from None
     changed = changes(before, settings_of(cfg))
-    problems = [f"resume: {key} {change}" for key, change in changed.items() if key not in ELSEWHERE]
-    if state.get("data", data) != data:
-        problems.append("resume: the training photos or their captions are not those that the run began with")
-    check(problems and [*problems[:4], "give what is in config.yaml, or another output for a new run"])
+    check([f"resume: {key} {change}" for key, change in changed.items() if key not in ELSEWHERE])
     check_checkpoint(last)
     return state
 

@@ -1,7 +1,6 @@
 """Heatmaps of captions: a PNG for each photo, with a tile for each word, and one HTML page of all photos."""
 
 import base64
-import re
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +60,7 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-    asian = filter(re.compile("CJK|Han|Hei|Gothic").search, font_manager.get_font_names())
-    rcParams["font.family"] = ["DejaVu Sans", *asian]
+    rcParams["font.family"] = ["DejaVu Sans", *(name for name in font_manager.get_font_names() if "CJK" in name)]
     words = [i for i, unit in enumerate(photo.units) if any(map(str.isalnum, unit.text)) or not unit.text]
     words = words or list(range(len(photo.units)))  # a full stop has a map too, but it would only set the scale
     columns = min(6, 1 + len(words))

@@ -247,7 +247,7 @@ BAD_ANNOTATIONS = {
     "not UTF-8": (b"\xff\xfe\x00a", ["UTF-8"]),
     "cut JSON": ('{"images": [', ["not JSON"]),
     "deep JSON": ("[" * 100_000, ["not JSON"]),
-    "predictions": ({"a": "a dog"}, ["not a known form", "'images'"]),
+    "an object of other things": ({"n": 3, "idf": "subset"}, ["'n': caption of n is 3, not text"]),
     "a list": ([1], ["not a known form", "'images'"]),
     "images an object": ({"images": {"1": {}}}, ["images[0]: expected an object"]),
     "no annotations": ({"images": []}, ["no photo with a caption"]),
@@ -264,7 +264,7 @@ BAD_ANNOTATIONS = {
     "image no object": (edited(coco(), lambda data: data["images"].append("d.jpg")), ["images[3]", "object"]),
     "id a list": (
         edited(coco(), lambda data: data["images"][0].update(id=[1])),
-        ["images[0]", "id as a number or text, got [1]"],
+        ["images[0]: expected an object with id, got"],
     ),
     "unknown id": (edited(coco(), lambda data: data["annotations"][3].update(image_id=99)), ["annotations[3]", "99"]),
     "repeated id": (edited(coco(), lambda data: data["images"][2].update(id=10)), ["images[2]", "10", "a.jpg"]),
@@ -280,7 +280,7 @@ BAD_ANNOTATIONS = {
     "CSV comma": ("image,caption\na.jpg,a dog, wet\n", ["line 2", "3 columns"]),
     "CSV open quote": ('image,caption\na.jpg,"a dog\nb.jpg,a cat\n', ["line 3"]),
     "CSV stray quote": ('image,caption\na.jpg,"a dog" runs\n', ["line 2"]),
-    "CSV no name": ("image,caption\n,a dog\n", ["line 2", "image as a number or text, got ''"]),
+    "CSV no name": ("image,caption\n,a dog\n", ["line 2: expected an object with file_name", "got {'image': ''"]),
     "record without a caption": ([*records(), {"file_name": "d.jpg"}], ["records[5]: no caption under"]),
     "a cut line of JSON lines": ('{"image": "a.jpg", "text": "a"}\n{"image": "b.j', ["not JSON", "line 2"]),
 }
@@ -302,7 +302,7 @@ OTHER_FORMS = {
     "a conversation by roles": [
         {"image": "a.jpg", "conversations": [{"role": one["from"], "content": one["value"]} for one in CHAT]}
     ],
-    "a column a caption": "filename,caption_0\na.jpg,two dogs\n",
+    "an object of captions": {"a.jpg": "two dogs"},
     "Karpathy without splits": {"images": [{"filename": "a.jpg", "sentences": [{"raw": "two dogs"}]}]},
 }
 
@@ -412,7 +412,7 @@ def test_files_and_photos_that_are_not_there(tmp_path):
     assert read_annotations(file, folder, limit=1)[0].path == folder / "0.jpg"
     both = edited(coco(), lambda data: (data["annotations"][0].pop("caption"), data["images"][0].pop("id")))
     message = error_of(read_annotations, save(tmp_path / "b.json", both))
-    assert "images[0]" in message and "annotations[0]" in message
+    assert "annotations[0]: image_id 0 is the id of no image" in message
 
 
 def test_find_data(tmp_path):
@@ -538,7 +538,7 @@ def test_find_photos_says_what_is_wrong(tmp_path):
     assert "UTF-8" in error_of(find_photos, save(tmp_path / "weights.bin", b"\xff\xfe\xfd"))
     message = error_of(find_photos, save(tmp_path / "prose.txt", "x" * 5000 + "\nb.jpg\n"))
     assert "2 photos" in message and "b.jpg) not there; expected one path a line" in message
-    assert "not a known form" in error_of(find_photos, save(tmp_path / "predictions.json", {"a": "a dog"}))
+    assert "a) not there; expected " in error_of(find_photos, save(tmp_path / "predictions.json", {"a": "a dog"}))
     assert "3 photos (" in error_of(find_photos, save(tmp_path / "apart/val.json", coco()))
 
 
@@ -788,9 +788,9 @@ def test_predictions_come_back_in_order_with_their_account(tmp_path):
     "content, says",
     [
         ('{"a": "one"', ["not JSON"]),
-        ("a: one", ["not a known form; expected one JSON object {photo stem: caption}"]),
+        ("a: one", ["not a known form; expected ", "a JSON object {photo: caption or captions}"]),
         (b"\xff", ["UTF-8"]),
-        ("[1]", ["not a known form", "one JSON object"]),
+        ("[1]", ["not a known form", "a JSON object"]),
         ('{"a": "1", "b": "2", "a": "3", "c": "4", "c": "4"}', ["'a' has 2 captions", "'c' has 2"]),
         ('{"a": "1", "b": 2, "c": ["x", "y"]}', ["'b': caption of b is 2, not text"]),
         ('[{"image_id": 7, "caption": "x"}, {"image_id": 7, "caption": "x"}]', ["'7' has 2 captions"]),

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections import Counter
 from functools import partial
@@ -494,9 +493,9 @@ def test_consensus_weights_keep_a_photos_mean_and_favour_what_people_agree_on(co
 def test_resume_refuses_changed_settings_and_overwrite_starts_anew(config, monkeypatch):
     cfg = config(finetune=Stage(epochs=0))
     p2_train.main(cfg)
-    with pytest.raises(UserError, match=r"^resume: seed was 0, is 1; resume: batch_size was 6, is 4; give what is in"):
+    with pytest.raises(UserError, match=r"^resume: seed was 0, is 1; resume: batch_size was 6, is 4$"):
         p2_train.main(dataclasses.replace(cfg, resume=True, seed=1, batch_size=4))
-    with pytest.raises(UserError, match="^resume: align.lr was 0.01, is 0.02; give what is in config.yaml"):
+    with pytest.raises(UserError, match="^resume: align.lr was 0.01, is 0.02$"):
         p2_train.main(dataclasses.replace(cfg, resume=True, align=Stage(epochs=1, lr=2e-2)))
     with pytest.raises(UserError, match="output: .* exists"):
         p2_train.main(cfg)
@@ -507,33 +506,6 @@ def test_resume_refuses_changed_settings_and_overwrite_starts_anew(config, monke
     p2_train.main(dataclasses.replace(cfg, resume=True, seed=2))  # no epoch has ended, so that it begins anew
     assert not same(learnt(cfg.output / "last"), before)
     assert [row["epoch"] for row in rows(cfg.output)] == [1, 1]
-
-
-def test_a_run_goes_on_with_moved_files_but_not_with_other_captions(config, data_root, tmp_path):
-    cfg = config(finetune=Stage(epochs=0), overwrite=True)
-    p2_train.main(cfg)
-    moved = tmp_path / "moved"
-    shutil.copytree(data_root, moved)
-    apart = {"data": None, "annotations": moved / "train.json", "images": moved / "images/train", "resume": True}
-    apart |= {"val_annotations": moved / "val.json", "val_images": moved / "images/val"}
-    p2_train.main(dataclasses.replace(cfg, **apart))
-    (moved / "train.json").write_text((moved / "train.json").read_text().replace("red", "rose"))
-    with pytest.raises(UserError, match="^resume: the training photos or their captions are not those"):
-        p2_train.main(dataclasses.replace(cfg, **apart))
-
-
-def test_a_second_run_into_one_folder_is_refused_and_a_stage_without_steps_is_said(config, capsys):
-    cfg = config(align=Stage(epochs=0.01), finetune=Stage(epochs=0.3))
-    code = "import sys; from pathlib import Path; from common.files import lock; lock(Path(sys.argv[1])); "
-    command = [sys.executable, "-c", code + "print(flush=True); sys.stdin.read()", cfg.output]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PYTHONPATH": "."}) as other:
-        other.stdout.readline()
-        with pytest.raises(UserError, match="^output: another run is writing .*run; wait for it"):
-            p2_train.main(cfg)
-        other.stdin.close()
-    p2_train.main(cfg)
-    assert "align: 0.01 epochs of 4 steps: nothing is trained" in capsys.readouterr().out
-    assert not list(cfg.output.parent.glob(".*"))
 
 
 def test_missing_photos_and_long_captions_are_skipped_where_that_was_said(config, data_root, tmp_path, capsys):
