@@ -21,6 +21,7 @@ from common.files import read_text
 # Keys of a record, or columns of a table: the first of them that is there names the photo, or holds its captions.
 NAMES = ("file_name", "filename", "image_name", "image_path", "image", "image_id", "id")
 CAPTIONS = ("caption", "captions", "text", "sentence", "sentences", "comment", "reference_strs", "caption_str")
+NUMBERED = re.compile(r"(caption|sentence|text)_?\d+")  # columns with a caption each
 UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, Japanese, Chinese characters
 IDS = ("image_id", "cocoid", "imgid", "id")
 
@@ -89,13 +90,13 @@ def get(record: Any, *keys: str, kind: Any = str) -> Any:
 
 
 def captions_of(record: dict) -> list:
-    """The captions of a record, which may be in a list or in a conversation. Raises Fault."""
+    """The captions of a record, which may be in a list, in several columns, or in a conversation. Raises Fault."""
     if "conversations" in record:
         return [caption_in(get(record, "conversations", kind=list))]
-    key = next((key for key in CAPTIONS if key in record), None)
-    if key is None:
+    keys = [key for key in CAPTIONS if key in record][:1] or list(filter(NUMBERED.fullmatch, record))
+    if not keys:
         raise Fault(f"no caption under {', '.join(CAPTIONS[:5])} or the like, got {record!r:.60}")
-    found = record[key] if isinstance(record[key], list) else [record[key]]
+    found = record[keys[0]] if isinstance(record[keys[0]], list) else [record[key] for key in keys]
     return [one.get("raw") if isinstance(one, dict) else one for one in found]  # "raw" is Karpathy's
 
 
@@ -188,7 +189,7 @@ def column_mark(text: Any) -> str | None:
     """What separates the columns of a table whose header names photos and captions; None for what is no such table."""
     for mark in ",;\t|":
         columns = {column.strip(' "\r') for column in first_line(text).lower().split(mark)}
-        if columns & set(NAMES) and columns & set(CAPTIONS):
+        if columns & set(NAMES) and (columns & set(CAPTIONS) or any(map(NUMBERED.fullmatch, columns))):
             return mark
     return None
 

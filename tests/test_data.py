@@ -302,6 +302,7 @@ OTHER_FORMS = {
     "a conversation by roles": [
         {"image": "a.jpg", "conversations": [{"role": one["from"], "content": one["value"]} for one in CHAT]}
     ],
+    "a column a caption": "filename,caption_0\na.jpg,two dogs\n",
     "an object of captions": {"a.jpg": "two dogs"},
     "Karpathy without splits": {"images": [{"filename": "a.jpg", "sentences": [{"raw": "two dogs"}]}]},
 }

