@@ -50,10 +50,9 @@ def read_annotations(
     absent = [name for name, path in zip(names, paths) if path is None]
     if missing and any(paths):
         paths = [path or folders[0] / os.path.basename(name) for name, path in zip(names, paths)]
-    elif absent and images:
-        there = ", ".join(sorted(os.listdir(folders[0]))[:3]) or "nothing"
-        raise UserError(f"{folders[0]}: {first_of(absent)} of {annotations} not there; it holds {there} ...")
     elif absent:
+        there = ", ".join(sorted(os.listdir(folders[0]))[:3]) or "nothing"
+        check([f"{folders[0]}: {first_of(absent)} of {annotations} not there; it holds {there} ..."] * bool(images))
         paths = [None] * len(names)
     return _photos(names, paths, contents)
 
@@ -179,21 +178,23 @@ def _lines(text: str) -> list[str]:
 
 
 def _of_folder(folder: Path, recursive: bool) -> list[Path]:
-    """The photos of a folder by name; what else is there is counted on stderr."""
+    """The photos of a folder by name; what else is there is counted on stderr. Hidden files and folders are no photos:
+    macOS leaves ._NAME.jpg, and phones leave .thumbnails.
+    """
     found = sorted(folder.rglob("*") if recursive else folder.iterdir())
-    found = [path for path in found if not path.name.startswith(".")]  # macOS leaves ._NAME.jpg
+    found = [path for path in found if "/." not in f"/{path.relative_to(folder).as_posix()}"]
     paths = [path for path in found if os.path.isfile(path) and is_photo(path)]
-    kinds = Counter(
-        "subfolder (--recursive enters it)"
-        if os.path.isdir(path)
-        else (path.suffix or "without suffix") + ", a link to nothing" * (not os.path.exists(path))
-        for path in set(found) - set(paths)
-        if not (recursive and os.path.isdir(path))
-    )
+    kinds = Counter(_kind(path) for path in set(found) - set(paths) if not (recursive and os.path.isdir(path)))
     if kinds:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         print(f"{folder}: not read: {listed}", file=sys.stderr)
     return paths
+
+
+def _kind(path: Path) -> str:
+    if os.path.isdir(path):
+        return "subfolder (--recursive enters it)"
+    return (path.suffix or "without suffix") + ", a link to nothing" * (not os.path.exists(path))
 
 
 def _folders_beside(annotations: Path) -> list[Path]:

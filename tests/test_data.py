@@ -460,6 +460,7 @@ def test_what_a_folder_holds_besides_photos_is_counted(tmp_path, capsys):
 
 def test_subfolders_several_sources_patterns_and_lists(tmp_path, monkeypatch, capsys):
     draw(tmp_path / "in", "a.jpg", "b.png"), draw(tmp_path / "in/deep/er", "a.jpg", "d.jpg")
+    draw(tmp_path / "in/.thumbnails", "t.jpg")
     stems = [photo.stem for photo in find_photos(tmp_path / "in", recursive=True)]
     assert stems == ["a.jpg", "b", "deep/er/a.jpg", "d"] and capsys.readouterr().err == ""
     both = [tmp_path / "in/a.jpg", tmp_path / "in/deep/er/*.jpg", tmp_path / "in/a.jpg"]

@@ -128,7 +128,7 @@ def test_a_caption_with_dollar_signs_is_drawn_as_it_is(scene):
         ({"instances": Path("odd.json")}, r"segmentation of annotation None is \[\[1, 2\]\]; expected polygons"),
         (
             {"overwrite": True, "output": "photos"},
-            "output: .*photos/one.png is read by this command; give another name",
+            "output: .*photos is read by this command; give another name",
         ),
     ],
 )
