@@ -126,10 +126,7 @@ def test_a_caption_with_dollar_signs_is_drawn_as_it_is(scene):
         ({"scores": Path("scores.json"), "top": 0, "bottom": 0}, "top 0, bottom 0 and .*scores.json choose no photo"),
         ({"instances": Path("instances.json"), "unit": "token"}, "instances: grounding is of words"),
         ({"instances": Path("odd.json")}, r"segmentation of annotation None is \[\[1, 2\]\]; expected polygons"),
-        (
-            {"overwrite": True, "output": "photos"},
-            "output: .*photos is read by this command; give another name",
-        ),
+        ({"overwrite": True, "output": "photos"}, "output: .*photos is read by this command; give another name"),
     ],
 )
 def test_mistakes_end_in_one_line(scene, settings, said):
