@@ -46,11 +46,11 @@ class Config(CommonSettings):
     """What is scored, against what, and how."""
 
     predictions: list[Path]
-    """JSON files {image stem: caption}; from the second on each is compared with the first."""
+    """JSON files {image stem: caption}, or another form of data/forms.py; each is compared with the first."""
     data: Path | None = None
     """Folder with val.json (or SPLIT.json) and images/; or name the two below."""
     annotations: Path | None = None
-    """The references: COCO style, Karpathy's JSON, Flickr8k's token file or a CSV of image,caption."""
+    """The references, in a form that data/forms.py reads: COCO, Karpathy, Flickr8k, tables, JSON, Parquet."""
     images: Path | None = None
     """Folder of the photos; only CLIPScore reads them, and finds them itself where they lie beside the annotations."""
     metrics: list[Literal[(*METRICS, *sorted(CLIP))]] = field(default_factory=lambda: ["cider", "clipscore"])
@@ -210,7 +210,7 @@ def fixed_point(score: float | None) -> str:
 
 def main(cfg: Config) -> None:
     captions = read_runs(cfg.predictions)
-    annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split)
+    annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split, cfg.missing)
     inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, clip=bool(CLIP & set(cfg.metrics)))
     output = check_settings(cfg)
     instances = read_instances(cfg.instances) if "chair" in cfg.metrics else None

@@ -32,8 +32,8 @@ from models.vlm import PROMPT, Fit, Quantize, check_model, load_vlm
 class Config(CommonSettings):
     """Settings of a captioning run; the defaults are the published run."""
 
-    images: Path
-    """Folder of photos, a photo, a text file with one path a line, or an annotation file."""
+    images: list[Path]
+    """Folders of photos, photos, patterns such as 'photos/*.jpg', lists with one path a line, or annotation files."""
     output: Path
     """Predictions JSON to write; with several decodings NAME.DECODING.json each."""
     model: str = "llava-hf/llava-1.5-7b-hf"
@@ -44,6 +44,8 @@ class Config(CommonSettings):
     """best (greedy), moderate (T 0.7, top-p 0.9, top-k 50), diverse (T 0.9, top-p 0.95, top-k 100), own (as below)."""
     own: Decoding = Decoding()
     """The decoding named own."""
+    recursive: bool = False
+    """Enter the subfolders of `images` too; photos of one name are then told apart by their folders."""
     batch_size: PositiveInt = 8
     """Photos captioned at a time."""
     workers: PositiveInt = 2
@@ -66,7 +68,7 @@ def check_settings(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     check_settings(cfg)
-    photos, device = find_photos(cfg.images, limit=cfg.limit), pick_device(cfg.device)
+    photos, device = find_photos(cfg.images, cfg.limit, cfg.recursive, cfg.output), pick_device(cfg.device)
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "float32"
     decodings = {name: cfg.own if name == "own" else PRESETS[name] for name in cfg.decoding}
     shared = {name: getattr(cfg, name) for name in ("model", "prompt", "quantize", "fit", "seed")}

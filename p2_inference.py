@@ -33,12 +33,14 @@ class Config(CommonSettings):
 
     checkpoint: Path
     """A run folder of p2_train.py (its best/ is taken), a checkpoint folder in it, or USER/NAME of the model hub."""
-    images: Path
-    """Folder of photos, a photo, a text file with one path a line, or an annotation file."""
+    images: list[Path]
+    """Folders of photos, photos, patterns such as 'photos/*.jpg', lists with one path a line, or annotation files."""
     output: Path
     """Predictions JSON to write."""
     decoding: Decoding = Decoding()
     """How a caption is chosen; greedy by default."""
+    recursive: bool = False
+    """Enter the subfolders of `images` too; photos of one name are then told apart by their folders."""
     batch_size: PositiveInt = 16
     """Photos captioned at a time."""
     workers: PositiveInt = 2
@@ -51,7 +53,7 @@ class Config(CommonSettings):
 
 def main(cfg: Config) -> None:
     check(check_decoding("decoding", cfg.decoding))
-    photos, device = find_photos(cfg.images, limit=cfg.limit), pick_device(cfg.device)
+    photos, device = find_photos(cfg.images, cfg.limit, cfg.recursive, cfg.output), pick_device(cfg.device)
     folder, decodings = find_checkpoint(cfg.checkpoint), {"caption": cfg.decoding}
     settings = {"checkpoint": folder, "decoding": asdict(cfg.decoding), "precision": cfg.precision, "seed": cfg.seed}
     settings |= {"checkpoint_files": files_hash(folder), "versions": library_versions()}

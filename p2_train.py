@@ -39,7 +39,7 @@ from data.prefetch import prefetch
 from metrics.cider import agreement
 from models import training
 from models.captioner import Captioner, CaptionerConfig, build_captioner
-from models.checkpoint import find_checkpoint, load_trained, save_captioner
+from models.checkpoint import absolute, find_checkpoint, load_trained, save_captioner
 from models.consensus import count_frequencies
 from models.decoder import check_decoder
 from models.encoder import check_encoder
@@ -57,7 +57,7 @@ class Config(CommonSettings, CaptionerConfig):
     data: Path | None = None
     """Folder with train.json, val.json and images/; or name the four below."""
     annotations: Path | None = None
-    """Training captions, in a form that data/forms.py reads: COCO, Karpathy, Flickr8k, CSV, JSON records."""
+    """Training captions, in a form that data/forms.py reads: COCO, Karpathy, Flickr8k, LLaVA, tables, JSON, Parquet."""
     images: Path | None = None
     """Folder of the training photos."""
     val_annotations: Path | None = None
@@ -97,7 +97,8 @@ class Config(CommonSettings, CaptionerConfig):
     save_steps: PositiveInt = 200
     """Save the run's state in last/ after so many optimizer steps, and at the end of each epoch."""
     skip_bad_photos: bool = False
-    """Go on without photos that cannot be decoded, instead of ending with an error."""
+    """Go on without photos that are missing or cannot be decoded, and without captions that the decoder has no
+    positions for, instead of ending with an error."""
     features: Path = Path("runs/features")
     """Cache of encoded photos, shared by all runs."""
     val_limit: PositiveInt | None = None
@@ -159,10 +160,12 @@ class Trainer:
     def train_stage(self, name: str) -> None:
         """Train one stage, epoch by epoch."""
         cfg, stage, accelerator = self.cfg, getattr(self.cfg, name), self.accelerator
+        epoch_steps = len(self.epoch())
+        if not round(stage.epochs * epoch_steps):
+            return accelerator.print(f"{name}: {stage.epochs:g} epochs of {epoch_steps} steps: nothing is trained")
         self.model = accelerator.unwrap_model(self.model)  # its forward keeps the autocast of `prepare`
         accelerator.free_memory()  # the optimizer of the stage before must not be stepped again
         groups = training.set_trainable(self.captioner, name, stage)
-        epoch_steps = len(self.epoch())
         optimizer = torch.optim.AdamW(groups, weight_decay=stage.weight_decay)
         schedule = training.make_schedule(optimizer, stage, epoch_steps)
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
@@ -316,7 +319,7 @@ class Trainer:
 
 def main(cfg: Config) -> None:
     check_settings(cfg)
-    model = CaptionerConfig(cfg.encoder, cfg.projector, cfg.decoder, cfg.lora)
+    model = absolute(CaptionerConfig(cfg.encoder, cfg.projector, cfg.decoder, cfg.lora))
     if cfg.dry_run:
         captioner = build_captioner(model, load_weights=False)
         for name in training.STAGES:
@@ -325,8 +328,8 @@ def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
     if cfg.precision == "fp16" and device.type != "cuda":
         raise UserError(f"precision: fp16 trains on CUDA alone, the device is {device}; expected bf16 or float32")
-    val_source = cfg.val_annotations, cfg.val_images or cfg.images
-    photos, val_photos = read_splits(cfg.data, (cfg.annotations, cfg.images), val_source, cfg.limit, cfg.val_limit)
+    sources = (cfg.annotations, cfg.images), (cfg.val_annotations, cfg.val_images or cfg.images)
+    photos, val_photos = read_splits(cfg.data, *sources, (cfg.limit, cfg.val_limit), cfg.skip_bad_photos)
 
     if device.index is not None:
         torch.cuda.set_device(device)

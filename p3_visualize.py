@@ -50,8 +50,8 @@ Grounded = dict[Photo, list[tuple[list[int], list[Named]]]]  # a photo's caption
 class Config(CommonSettings):
     """Whose attention is drawn, on which photos, and how."""
 
-    images: Path
-    """Folder of photos, a photo, a text file with one path a line, or an annotation file."""
+    images: list[Path]
+    """Folders of photos, photos, patterns such as 'photos/*.jpg', lists with one path a line, or annotation files."""
     output: Path
     """Folder to write."""
     checkpoint: Path | None = None
@@ -80,6 +80,8 @@ class Config(CommonSettings):
     """COCO instances with masks of the photos' objects: outlines on the page, and grounding scores."""
     decoding: Decoding = Decoding()
     """How a caption is chosen; greedy by default."""
+    recursive: bool = False
+    """Enter the subfolders of `images` too; photos of one name are then told apart by their folders."""
     batch_size: PositiveInt = 8
     """Photos at a time."""
     workers: PositiveInt = 2
@@ -142,6 +144,11 @@ def load_model(cfg: Config) -> CaptionModel:
     return model.ready(device, torch_dtype(cfg.precision), cfg.features)
 
 
+def picture_name(photo: Photo) -> str:
+    """The file of a photo's picture; names have 255 bytes at most."""
+    return photo.stem.encode()[-250:].decode(errors="ignore") + ".png"
+
+
 def captions_of(model: CaptionModel, batch: list[LoadedPhoto], cfg: Config) -> list[list[list[int]]]:
     """Token ids of each photo's captions: its references where they are given, else the model's own caption."""
     if cfg.annotations:
@@ -196,14 +203,14 @@ def measure_random_weights(model: CaptionModel, grounded: Grounded, table: Groun
 def read_inputs(cfg: Config) -> tuple[list[Photo], dict[str, str], Instances | None]:
     """The photos, a note for each that was chosen by its score, and the masks. Raises UserError."""
     if cfg.annotations:
-        photos = read_annotations(cfg.annotations, cfg.images, limit=cfg.limit)
+        photos = read_annotations(cfg.annotations, cfg.images, limit=cfg.limit, missing=True)
     else:
-        photos = find_photos(cfg.images, limit=cfg.limit)
-    check_apart([cfg.output / f"{photo.stem}.png" for photo in photos], [photo.path for photo in photos])
+        photos = find_photos(cfg.images, cfg.limit, cfg.recursive, cfg.output)
+    check_apart([cfg.output / picture_name(photo) for photo in photos], [photo.path for photo in photos])
     photos, notes = choose(photos, cfg)
     instances = read_instances(cfg.instances) if cfg.instances else None
     if instances and not any(photo.stem in instances.objects for photo in photos):
-        raise UserError(f"instances: {cfg.instances} has none of the photos of {cfg.images}")
+        raise UserError(f"instances: {cfg.instances} has none of these photos")
     return photos, notes, instances
 
 
@@ -261,7 +268,7 @@ def main(cfg: Config) -> None:
                     objects = {one.name: (one.words, masks[one.name]) for one in named}
                     text, note = model.text(record.ids[:-1]), notes.get(loaded.stem, "")
                     shown = Drawn(loaded.stem, loaded.image, text, units, grid, maps, note, objects)
-                    draw_words(shown, cfg.method, cfg.output / f"{loaded.stem}.png")
+                    draw_words(shown, cfg.method, cfg.output / picture_name(loaded.photo))
                     drawn[loaded.stem] = page_entry(shown)
                     rows.append(loaded, drawn[loaded.stem], about[loaded.stem])
     if grounded:

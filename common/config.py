@@ -137,7 +137,12 @@ def _read_flags(args: list[str], fields: dict[str, str], aliases: dict[str, str]
     files = {"config"} | {name.rpartition(".")[0] for name in fields if "." in name}  # settings, or a group of them
     for flag, *values in flags:
         key = aliases.get(flag, flag)
-        kind = fields.get(key, "")
+        kind, values = (
+            fields.get(key, ""),
+            list(map(os.path.expanduser, values)),
+        )  # shells leave the `~` of --images=~/x
+        if "Literal" in kind:  # no name of a choice has a comma
+            values = " ".join(values).replace(",", " ").split()
         if key in files and values:
             settings |= _read_yaml(key, " ".join(values), "" if key == "config" else f"{key}.")
         elif kind == "bool" and not values:
@@ -154,7 +159,7 @@ def _read_yaml(key: str, file: str, prefix: str) -> dict[str, Any]:
             raise ValueError("aliases (*NAME) are not read, since a few of them can stand for gigabytes")
         return flatten(yaml.safe_load(text), prefix)
     except (OSError, ValueError, RecursionError, UserError, yaml.YAMLError) as error:
-        raise UserError(f"{key}: {file}: {error}") from None
+        raise UserError(f"{key}: {file}: {error}" + f" (or --{key}.NAME VALUE)" * (key != "config")) from None
 
 
 def _build(Config: type[T], settings: dict[str, Any]) -> T:

@@ -1,76 +1,96 @@
 """Photos and their captions, in folders, lists and annotation files, whose forms are in data/forms.py."""
 
+import glob
 import os
 import sys
 from collections import Counter
-from itertools import takewhile
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import UserError, check
-from common.files import read_text
-from data.forms import EXPECTED, Contents, is_unicode, read_contents
-from data.photos import PHOTO_SUFFIXES, Photo, first_of
+from common.files import check_apart, read_text
+from data.forms import Contents, is_unicode, read_contents
+from data.names import PHOTO_SUFFIXES, finder
+from data.photos import Photo, first_of, is_photo
 
+Images = Path | Sequence[Path] | None
+Limits = tuple[int | None, int | None]  # of the training and of the validation photos
 Source = tuple[Path | None, Path | None]  # annotations, folder of photos
+WANTED = "a folder of photos, photos, a list of photos, or an annotation file"
 
 
 def read_annotations(
-    annotations: Path, images: Path | None = None, split: str | None = None, limit: int | None = None
+    annotations: Path, images: Images = None, split: str | None = None, limit: int | None = None, missing: bool = False
 ) -> list[Photo]:
     """The captioned photos of `annotations` in the file's order, captions in theirs, white space collapsed.
 
-    `images` is their folder; without it one beside the file is taken if all of the photos lie there, else each
-    `path` is None. `split` is the name of a split of the file ('train' takes Karpathy's 'restval' too, 'dev' is
-    'val'), or of one of Flickr8k's lists beside it, or the path of a text file with one photo name a line.
-    `limit` keeps the first so many. Photos without a caption are left out: COCO's lists hold some, and there is
-    nothing to learn from them or to score against. So is the one name in Flickr8k's token file that is no photo.
+    `images` is their folder, or several; without it those beside the file are taken if all of the photos lie there,
+    else each `path` is None. A name that is not there means the only file that is alike (`data.names`). With `missing`
+    some photos may be absent: they are bad photos when they are opened. `split` is the name of a split of the file
+    ('train' takes Karpathy's 'restval' too, 'dev' is 'val'), or of one of Flickr8k's lists beside it, or the path of a
+    text file with one photo name a line. `limit` keeps the first so many. Photos without a caption are left out:
+    COCO's lists hold some, and there is nothing to learn from them or to score against. So is the one name in
+    Flickr8k's token file that is no photo.
 
     Raises UserError for a file that is of no known form or has faults (unknown or repeated ids, missing keys,
-    captions that are empty or no text), photos that are not in `images`, and two photos of one stem.
+    captions that are no text), and for photos that are not in `images`.
     """
-    contents = read_contents(annotations, read_text(annotations, EXPECTED))
+    contents = read_contents(annotations)
     names = [name for name, captions in contents.captions.items() if captions]
+    if len(names) < len(contents.captions):
+        print(f"{annotations}: {len(contents.captions) - len(names)} photos without a caption", file=sys.stderr)
     if split is not None:
         names = _of_split(annotations, contents, names, split)
     names = names[:limit]
     if not names:
         raise UserError(f"{annotations}: no photo with a caption" + (f" in split {split!r}" if split else ""))
-    if images is not None and not os.path.isdir(images):
-        raise UserError(f"{images}: not a folder; expected the photos of {annotations}")
-    if images is None:
-        paths = _beside(annotations, names) or [None] * len(names)
-    else:
-        paths = [_in_folder(images, name) for name in names]
-        missing = [name for name, path in zip(names, paths) if path is None]
-        if missing:
-            raise UserError(f"{images}: {first_of(missing)} of {annotations} not there")
-    return _photos(names, paths, contents.captions)
+    folders = _listed(images) or _folders_beside(annotations)
+    check([f"{one}: not a folder; expected the photos of {annotations}" for one in folders if not os.path.isdir(one)])
+    paths = _find(annotations, contents, names, folders)
+    absent = [name for name, path in zip(names, paths) if path is None]
+    if missing and any(paths):
+        paths = [path or folders[0] / os.path.basename(name) for name, path in zip(names, paths)]
+    elif absent:
+        there = ", ".join(sorted(os.listdir(folders[0]))[:3]) or "nothing"
+        check([f"{folders[0]}: {first_of(absent)} of {annotations} not there; it holds {there} ..."] * bool(images))
+        paths = [None] * len(names)
+    return _photos(names, paths, contents)
 
 
-def find_photos(images: Path, limit: int | None = None) -> list[Photo]:
+def find_photos(
+    images: Images, limit: int | None = None, recursive: bool = False, output: Path | None = None
+) -> list[Photo]:
     """The photos that `images` stands for, without captions.
 
-    `images` is a folder (its own photos, sorted by name), one photo, a text file with one path a line (relative to
-    that file), or an annotation file (all of its photos, captioned or not, which must lie beside it). What else a
-    folder holds is counted on stderr.
-    Raises UserError where there are none, where a named one is not there, and for two photos of one stem.
+    `images` is a folder (its own photos, sorted by name; with `recursive` those of its subfolders too), a photo, a
+    pattern such as `photos/*.jpg`, a text file with one path a line (relative to that file, or to where the script
+    runs), or an annotation file (all of its photos, captioned or not, which must lie beside it), or several of these.
+    What else a folder holds is counted on stderr.
+    Raises UserError where there are none, where none of those that are named is there, and where the `output` would be
+    written over one of these files.
     """
-    if os.path.isdir(images):
-        paths = _of_folder(images)[:limit]
-    elif images.suffix.lower() in PHOTO_SUFFIXES and os.path.isfile(images):
-        paths = [images]
-    else:
-        text = read_text(images, "a folder of photos, a photo, a list of photos, or an annotation file")
-        contents = read_contents(images, text, captioned=False)
-        names = list(contents.captions if contents else _lines(text))[:limit]
-        paths = (contents and _beside(images, names)) or [images.parent / name for name in names]
-        missing = [path for path in paths if not os.path.isfile(path)]
-        if missing:
-            expected = "all photos in one folder beside it" if contents else "one path a line"
-            raise UserError(f"{images}: {first_of(missing)} not there; expected {expected}")
-    if not paths:
-        raise UserError(f"{images}: no photos there ({' '.join(sorted(PHOTO_SUFFIXES))})")
-    return _photos([str(path) for path in paths], paths)
+    paths, contents = [], Contents()
+    for source in _listed(images):
+        if os.path.isdir(source):
+            found = _of_folder(source, recursive)
+        elif os.path.isfile(source) and is_photo(source):
+            found = [source]
+        elif not os.path.exists(source) and glob.has_magic(str(source)):
+            found = sorted(map(Path, glob.glob(str(source), recursive=recursive)))
+        elif held := read_contents(source, captioned=False, expected=WANTED):
+            found = _find(source, held, list(held.captions), _folders_beside(source))
+            found = [path or source.parent / os.path.basename(name) for name, path in zip(held.captions, found)]
+            contents.files |= {str(source / name): content for name, content in held.files.items()}
+        else:
+            lines = [Path(line.replace("\\", "/")) for line in _lines(read_text(source, WANTED))]
+            found = [path if os.path.isfile(path := source.parent / line) else line for line in lines]
+        if not found:
+            raise UserError(f"{source}: no photos there ({' '.join(sorted(PHOTO_SUFFIXES))})")
+        if not contents.files and not any(map(os.path.isfile, found)):
+            raise UserError(f"{source}: {first_of(found)} not there; expected one path a line, or photos beside it")
+        paths += found
+    check_apart([output] if output else [], [*_listed(images), *paths])
+    return _photos(paths := list(dict.fromkeys(paths))[:limit], paths, contents)  # one that is named twice is one photo
 
 
 def find_data(root: Path, split: str) -> tuple[Path, Path]:
@@ -78,22 +98,20 @@ def find_data(root: Path, split: str) -> tuple[Path, Path]:
 
     Raises UserError where they are not there.
     """
-    annotations, images = root / f"{split}.json", root / "images" / split
-    if not os.path.isdir(images):
-        images = root / "images"
+    annotations, own, images = root / f"{split}.json", root / "images" / split, root / "images"
     missing = [f"{annotations}: no such file, expected the captions of {split!r}"] * (not os.path.isfile(annotations))
     check(missing + [f"{images}: no such folder, expected the photos"] * (not os.path.isdir(images)))
-    return annotations, images
+    return annotations, own if os.path.isdir(own) else images
 
 
 def names_splits(annotations: Path) -> bool:
     """Whether `annotations` is cut into splits itself, by a field or by Flickr8k's lists beside it."""
     listed = os.path.isfile(annotations.parent / "Flickr_8k.trainImages.txt")
-    return listed or bool(read_contents(annotations, read_text(annotations, EXPECTED)).splits)
+    return listed or bool(read_contents(annotations).splits)
 
 
 def read_splits(
-    data: Path | None, train: Source, val: Source, limit: int | None = None, val_limit: int | None = None
+    data: Path | None, train: Source, val: Source, limits: Limits = (None, None), missing: bool = False
 ) -> tuple[list[Photo], list[Photo]]:
     """Training and validation photos with captions, from a folder `data` or from `train` and `val`; val may be empty.
 
@@ -105,9 +123,9 @@ def read_splits(
     if val[0] is None and names_splits(train[0]):
         val = train[0], val[1]
     splits = []
-    for (annotations, images), name, most in ((train, "train", limit), (val, "val", val_limit)):
+    for (annotations, images), name, most in ((train, "train", limits[0]), (val, "val", limits[1])):
         split = name if train[0] == val[0] else None
-        photos = read_annotations(annotations, images, split, most) if annotations else []
+        photos = read_annotations(annotations, images, split, most, missing) if annotations else []
         if any(photo.path is None for photo in photos):
             raise UserError(f"images: expected the folder of the photos of {annotations}, none given")
         splits.append(photos)
@@ -132,14 +150,24 @@ def _of_split(annotations: Path, contents: Contents, names: list[str], split: st
     return [name for name in names if name in listed]
 
 
-def _photos(names: list[str], paths: list, captions: dict[str, list[str]] | None = None) -> list[Photo]:
-    """Photos under their stems, which must differ, and be text that a JSON file can hold."""
-    photos = [Photo(Path(name).stem, path, tuple((captions or {}).get(name, ()))) for name, path in zip(names, paths)]
-    counts = Counter(photo.stem for photo in photos)
-    check([f"{name!r}: the file's name is not UTF-8" for name in names if not is_unicode(Path(name).stem)])
-    twice = [name for name in names if counts[Path(name).stem] > 1]
-    check([f"{name}: not the only photo with the stem {Path(name).stem!r}, its key" for name in twice])
+def _photos(names: list, paths: list, contents: Contents) -> list[Photo]:
+    """Photos under their stems; those of one stem under their names, with the folders in which they differ."""
+    stems, photos = [Path(name).stem for name in names], []
+    counts = Counter(stems)
+    folders = {os.path.dirname(os.path.abspath(name)) for name, stem in zip(names, stems) if counts[stem] > 1}
+    above = os.path.commonpath(folders) if folders else ""
+    for name, stem, path in zip(map(str, names), stems, paths):
+        stem = stem if counts[stem] == 1 else os.path.relpath(name, above)
+        captions = tuple(contents.captions.get(name, ()))
+        if is_unicode(stem):
+            photos.append(Photo(stem, path, captions, contents.ids.get(name, ""), contents.files.get(name)))
+        else:
+            print(f"{name!r}: left out, since the file's name is not UTF-8", file=sys.stderr)
     return photos
+
+
+def _listed(images: Images) -> list[Path]:
+    return [images] if isinstance(images, Path) else list(images or ())
 
 
 def _lines(text: str) -> list[str]:
@@ -149,36 +177,46 @@ def _lines(text: str) -> list[str]:
 # ------------------------------------------------------------------------------------------- where photos lie
 
 
-def _of_folder(folder: Path) -> list[Path]:
-    """The photos of a folder by name; what else is there is counted on stderr."""
-    try:
-        found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))  # macOS leaves ._NAME.jpg
-    except OSError as error:
-        raise UserError(f"{folder}: {(error.strerror or str(error)).lower()}; expected a folder of photos") from None
-    paths = [path for path in found if path.suffix.lower() in PHOTO_SUFFIXES and os.path.isfile(path)]
-    others = set(found) - set(paths)
-    if others:
-        kinds = Counter("folder" if os.path.isdir(path) else path.suffix or "without suffix" for path in others)
+def _of_folder(folder: Path, recursive: bool) -> list[Path]:
+    """The photos of a folder by name; what else is there is counted on stderr. Hidden files and folders are no photos:
+    macOS leaves ._NAME.jpg, and phones leave .thumbnails.
+    """
+    found = sorted(folder.rglob("*") if recursive else folder.iterdir())
+    found = [path for path in found if "/." not in f"/{path.relative_to(folder).as_posix()}"]
+    paths = [path for path in found if os.path.isfile(path) and is_photo(path)]
+    kinds = Counter(_kind(path) for path in set(found) - set(paths) if not (recursive and os.path.isdir(path)))
+    if kinds:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         print(f"{folder}: not read: {listed}", file=sys.stderr)
     return paths
 
 
-def _in_folder(folder: Path, name: str) -> Path | None:
-    """The file `name` in `folder`, with the folders in front of the name (COCO's `val2014/`) or without them."""
-    # os.path.isfile, since Path.is_file raises on names too long for the file system, as lines of prose are
-    return next((path for path in (folder / name, folder / Path(name).name) if os.path.isfile(path)), None)
+def _kind(path: Path) -> str:
+    if os.path.isdir(path):
+        return "subfolder (--recursive enters it)"
+    return (path.suffix or "without suffix") + ", a link to nothing" * (not os.path.exists(path))
 
 
-def _beside(annotations: Path, names: list[str]) -> list[Path] | None:
-    """The files of all `names` in one folder where the photos of an annotation file are usually kept.
-
-    Such folders are ours, COCO's, the two of Flickr8k, and that of Flickr30k.
-    """
+def _folders_beside(annotations: Path) -> list[Path]:
+    """Where photos usually lie: ours, COCO's, the two of Flickr8k, and that of Flickr30k."""
     root, part = annotations.parent, annotations.stem.rpartition("_")[2]  # captions_val2017 -> val2017
-    inside = (f"images/{part}", "images", part, "Images", "Flicker8k_Dataset", "flickr30k_images", "")
-    for folder in (*(root / name for name in inside), root.parent / part):
-        paths = list(takewhile(bool, (_in_folder(folder, name) for name in names)))
-        if len(paths) == len(names):
-            return paths
-    return None
+    names = (f"images/{part}", "images", part, "Images", "Flicker8k_Dataset", "flickr30k_images", "")
+    return [folder for folder in (*(root / name for name in names), root.parent / part) if os.path.isdir(folder)]
+
+
+def _find(annotations: Path, contents: Contents, names: list[str], folders: list[Path]) -> list[Path | None]:
+    """The files of `names` in the first of `folders` that has each, with the folders in front of a name or without.
+
+    No name leads out of a folder; `/` as the folder reads absolute names. A name that is not there means the only file
+    that is alike.
+    """
+    if contents.files:  # they are inside the annotation file
+        return [annotations / name for name in names]
+    found: dict[str, Path] = {}
+    for folder in folders:
+        alike = finder((one,) for one in os.listdir(folder))
+        for name in (name for name in names if name not in found):
+            inside = os.path.normpath(f"/{name}").lstrip("/"), alike(os.path.basename(name))
+            # os.path.isfile, since Path.is_file raises on names too long for the file system, as lines of prose are
+            found |= [(name, folder / one) for one in inside[::-1] if one and os.path.isfile(folder / one)]
+    return list(map(found.get, names))

@@ -2,12 +2,15 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from common.config import UserError, check
 from data.annotations import find_data, read_annotations
+from data.forms import UNSPACED
+from data.names import finder
 from data.photos import Photo, first_of
 from data.predictions import meta_path, read_predictions, wrong_in_form
 
@@ -16,15 +19,15 @@ MissingPolicy = Literal["error", "skip", "zero"]
 
 @dataclass(frozen=True)
 class Run:
-    """The captions of one run, {photo stem: caption}."""
+    """The captions of one run by photo: as its file names them, and once matched with the annotations by stem."""
 
     name: str
     path: Path
     captions: dict[str, str]
     undecoded: frozenset[str] = frozenset()
-    """Stems of the photos that the run could not decode, as the meta file of its predictions says."""
+    """The photos that the run could not decode, as the meta file of its predictions says."""
     cut: frozenset[str] = frozenset()
-    """Stems of the captions that ended at the last allowed token, as the meta file says."""
+    """Those whose captions ended at the last allowed token, as the meta file says."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +57,28 @@ def _account(predictions: Path) -> tuple[frozenset[str], frozenset[str]]:
     """Stems of the photos that a run could not decode, and of its captions that were cut."""
     try:
         meta = json.loads(meta_path(predictions).read_text(encoding="utf-8"))
-        return frozenset(Path(name).stem for name in meta["skipped"]), frozenset(meta.get("form", {}).get("cut", ()))
+        return frozenset(meta["skipped"]), frozenset(meta.get("form", {}).get("cut", ()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # captions of other programs have no meta file
         return frozenset(), frozenset()
 
 
 def read_references(
-    data: Path | None, annotations: Path | None, images: Path | None, split: str | None
+    data: Path | None, annotations: Path | None, images: Path | None, split: str | None, missing: MissingPolicy
 ) -> tuple[Path, list[Photo]]:
     """The annotation file, given or found in the folder `data`, and its photos. Raises UserError."""
     if (data is None) == (annotations is None) or (data and images):
         raise UserError("data: expected either data, or annotations and images, got " + ("both" if data else "neither"))
     if data:
         (annotations, images), split = find_data(data, split or "val"), None
-    return annotations, read_annotations(annotations, images, split)
+    return annotations, read_annotations(annotations, images, split, missing=missing == "skip")
 
 
 def match(
     runs: list[Run], annotated: list[Photo], annotations: Path, limit: int | None, missing: MissingPolicy, clip: bool
 ) -> Inputs:
     """Choose the photos to score: the first `limit` of the annotations, without those that `missing` leaves out.
+
+    A run may name a photo by its stem, its file or its id, or alike (`data.names`).
 
     Every run is scored on the same photos: a score depends on their number, and a mean over only the captioned
     photos would favour a run that skips the hard ones. Raises UserError where captions and photos do not match and
@@ -86,10 +91,13 @@ def match(
     problems, notices, left_out = [], [], set()
     if clip and any(photo.path is None for photo in photos.values()):
         problems.append("images: expected the folder of the photos, which CLIPScore reads; or give --metrics cider")
+    find = finder((photo.stem, photo.id) for photo in annotated)
+    runs = [_by_stem(run, find) for run in runs]
     for run in runs:
         unknown = [stem for stem in run.captions if stem not in references]
         if unknown:
-            problems.append(f"annotations: {annotations} has no references for {first_of(unknown)} of {run.path}")
+            named = f"{first_of(unknown)} of {run.path}; it names photos like {next(iter(references))!r}"
+            problems.append(f"annotations: {annotations} has no references for {named}")
         undecoded = [stem for stem in photos if stem not in run.captions and stem in run.undecoded]
         absent = [stem for stem in photos if stem not in run.captions and stem not in run.undecoded]
         left_out.update(undecoded, absent if missing == "skip" else ())
@@ -107,14 +115,24 @@ def match(
     return Inputs(runs, [photos[stem] for stem in scored], references, notices)
 
 
+def _by_stem(run: Run, find: Callable[[str], str | None]) -> Run:
+    """The run with its photos called by the stems that `find` gives. Raises UserError where two are the same photo."""
+    captions = {find(name) or name: caption for name, caption in run.captions.items()}
+    check([f"predictions: {run.path}: two captions of a photo, by other names"] * (len(captions) < len(run.captions)))
+    undecoded, cut = (frozenset(find(name) or name for name in names) for names in (run.undecoded, run.cut))
+    return replace(run, captions=captions, undecoded=undecoded, cut=cut)
+
+
 def _notices(run: Run, longest: dict[str, int], undecoded: list[str], absent: list[str], done: str) -> list[str]:
     broken = [stem for stem, caption in run.captions.items() if len(caption.splitlines()) > 1]
+    unspaced = [stem for stem, caption in run.captions.items() if UNSPACED.search(caption)]
     # CIDEr and BLEU say little about a caption of more than twice the words of any reference
     long = [stem for stem, text in run.captions.items() if len(text.split()) > 2 * longest.get(stem, float("inf"))]
     found = {
         "not decoded by the run, left out for all runs": undecoded,
         f"no caption, {done}": absent,
         "captions with line breaks, read as spaces": broken,
+        "captions without spaces between words, of which CIDEr and BLEU say nothing": unspaced,
         "captions too long for CIDEr and BLEU, which are not made for paragraphs": long,
     }
     found |= {f"captions {kind}": stems for kind, stems in wrong_in_form(run.captions, run.cut).items()}

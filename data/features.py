@@ -51,13 +51,10 @@ class FeatureCache:
         return None
 
     def write(self, key: str, array: np.ndarray) -> None:
-        """Keep the array (P, D) of a photo. Raises UserError where it cannot be written."""
-        try:
-            with written_whole(self._path(key)) as part:
-                content = np.asarray(array, self.dtype).tobytes()
-                part.write_bytes(content + zlib.crc32(content).to_bytes(4))
-        except OSError as error:
-            raise UserError(f"features: {self.folder} cannot be written: {error.strerror}") from None
+        """Keep the array (P, D) of a photo. Raises OSError where it cannot be written."""
+        with written_whole(self._path(key)) as part:
+            content = np.asarray(array, self.dtype).tobytes()
+            part.write_bytes(content + zlib.crc32(content).to_bytes(4))
 
     def check_room(self, count: int) -> None:
         """Make the folder. Raises UserError where it cannot be written, or has too little room for `count` photos.

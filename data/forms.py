@@ -1,22 +1,31 @@
 """The forms in which captioned photos are published: how each is told by its content, and how it is read.
 
-To add a form, write a function that reads it and add a line to FORMS.
+To add a form, write a function that gives its records, each with its place in the file, and add a line to FORMS. A
+record names a photo by one of NAMES, its captions by one of CAPTIONS, and may have a split and an id.
 """
 
 import csv
 import io
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import PurePath
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from common.config import UserError, check
+from common.files import read_text
 
 # Keys of a record, or columns of a table: the first of them that is there names the photo, or holds its captions.
 NAMES = ("file_name", "filename", "image_name", "image_path", "image", "image_id", "id")
-CAPTIONS = ("caption", "captions", "text", "sentence", "sentences", "comment")
+CAPTIONS = ("caption", "captions", "text", "sentence", "sentences", "comment", "reference_strs", "caption_str")
+NUMBERED = re.compile(r"(caption|sentence|text)_?\d+")  # columns with a caption each
+UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, Japanese, Chinese characters
+IDS = ("image_id", "cocoid", "imgid", "id")
+
+Rows = Iterator[tuple[str, Any]]  # a place and the record there, or a function that gives it and may raise a Fault
 
 
 class Fault(Exception):
@@ -24,37 +33,51 @@ class Fault(Exception):
 
 
 class Contents:
-    """What a file holds: each photo's captions, the split of some, and its faults, each with its place."""
+    """What a file holds: each photo's captions, the split and the id of some, and its faults, each with its place."""
 
-    def __init__(self, captioned: bool = True):
+    def __init__(self, captioned: bool = True, exact: bool = False):
         self.captioned = captioned  # else the photos alone are wanted
+        self.exact = exact  # captions keep their white space and may be empty, as predictions may
         self.captions: dict[str, list[str]] = {}
         self.splits: dict[str, str] = {}
+        self.ids: dict[str, str] = {}
+        self.files: dict[str, bytes] = {}
+        """The photos themselves, where the file holds them."""
         self.faults: list[str] = []
+        self.left_out: list[str] = []
+        """Captions that are null or empty."""
 
-    def add(self, name: Any, captions: str | list = (), split: Any = None) -> str:
-        """Add a photo, or captions to it, with white space collapsed; return its name. Raises Fault."""
+    def read(self, rows: Rows) -> None:
+        """Add all records, and keep what is wrong with any of them."""
+        try:
+            for place, record in rows:
+                try:
+                    self.add(place, record() if callable(record) else record)
+                except Fault as fault:
+                    self.faults.append(f"{place}: {fault}")
+        except Fault as fault:  # of the file as a whole
+            self.faults.append(str(fault))
+
+    def add(self, place: str, record: Any) -> None:
+        """Add a photo and its captions, white space collapsed. Raises Fault."""
+        name, image = get(record, *NAMES, kind=(int, str, dict)), record.get("image")
+        if isinstance(image, dict):  # as hubs keep photos: the file, and its name where no other column has it
+            name = image.get("path") or f"{len(self.captions)}.jpg" if name is image else name
+            self.files |= {name: image["bytes"]} if image.get("bytes") else {}
         name = str(name).replace("\\", "/")
         known = self.captions.setdefault(name, [])
-        if isinstance(split, str):
-            self.splits[name] = split
-        for caption in [captions] if isinstance(captions, str) else captions:
-            if not isinstance(caption, str):
+        self.ids[name] = str(next((record[key] for key in IDS if key in record), ""))
+        if isinstance(record.get("split"), str):
+            self.splits[name] = record["split"]
+        for caption in captions_of(record) if self.captioned else ():
+            if caption is None or not self.exact and not str(caption).strip():
+                self.left_out.append(f"{place}: {name} has {'null for' if caption is None else 'an empty'} caption")
+            elif not isinstance(caption, str):
                 raise Fault(f"caption of {name} is {caption!r:.60}, not text")
-            if not caption.strip():
-                raise Fault(f"caption of {name} is empty")
-            if not is_unicode(caption):
-                raise Fault(f"caption of {name} holds half a surrogate pair, which is no Unicode text")
-            known.append(" ".join(caption.split()))
-        return name
-
-    @contextmanager
-    def at(self, place: str) -> Iterator[None]:
-        """`with file.at(place):` keeps a Fault raised in the block, with its place, and goes on behind it."""
-        try:
-            yield
-        except Fault as fault:
-            self.faults.append(f"{place}: {fault}")
+            elif not is_unicode(name + caption):
+                raise Fault(f"{name!r} or its caption holds half a surrogate pair, which is no Unicode text")
+            else:
+                known.append(caption if self.exact else " ".join(caption.split()))
 
 
 def get(record: Any, *keys: str, kind: Any = str) -> Any:
@@ -63,10 +86,29 @@ def get(record: Any, *keys: str, kind: Any = str) -> Any:
     for key in keys:
         if isinstance(values.get(key), kind) and record[key] != "":
             return record[key]
-    words = {str: "text", list: "a list"}.get(kind, "a number or text")
-    there = [key for key in keys if key in values] or keys
-    got = values.get(there[0], record)
-    raise Fault(f"expected an object with {' or '.join(there)} as {words}, got {got!r:.60}")
+    raise Fault(f"expected an object with {' or '.join(keys)}, got {record!r:.60}")
+
+
+def captions_of(record: dict) -> list:
+    """The captions of a record, which may be in a list, in several columns, or in a conversation. Raises Fault."""
+    if "conversations" in record:
+        return [caption_in(get(record, "conversations", kind=list))]
+    keys = [key for key in CAPTIONS if key in record][:1] or list(filter(NUMBERED.fullmatch, record))
+    if not keys:
+        raise Fault(f"no caption under {', '.join(CAPTIONS[:5])} or the like, got {record!r:.60}")
+    found = record[keys[0]] if isinstance(record[keys[0]], list) else [record[key] for key in keys]
+    return [one.get("raw") if isinstance(one, dict) else one for one in found]  # "raw" is Karpathy's
+
+
+def caption_in(turns: list) -> str | None:
+    """The caption in a conversation of LLaVA or ShareGPT4V: the first answer to a turn that asks for one.
+
+    >>> caption_in([{"from": "human", "value": "<image> Describe it."}, {"from": "gpt", "value": "A dog."}])
+    'A dog.'
+    """
+    texts = [str(get(turn, "value", "content")) for turn in turns]
+    asks = re.compile("(?is)(?=.*<im(age|g))(?=.*(caption|descri|summar))")
+    return next((answer for question, answer in zip(texts, texts[1:]) if asks.match(question)), None)
 
 
 def has(key: str, records: Any) -> bool:
@@ -80,82 +122,74 @@ def is_unicode(text: str) -> bool:
     return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
-# ------------------------------------------------------------------------------------------- one reader a form
+# ------------------------------------------------------------------------------------------- the records of each form
 
 
-def read_coco(file: Contents, data: dict) -> None:
+def coco_rows(data: dict) -> Rows:
+    """COCO's images and annotations, and Karpathy's images, which have their sentences themselves."""
+    key = next((key for key in NAMES if has(key, data["images"])), "id")  # some name the photos by their ids alone
     names: dict[int | str, str] = {}
-    name_key = "file_name" if has("file_name", data["images"]) else "id"  # some name the photos by their ids alone
-    for number, image in enumerate(data["images"]):
-        with file.at(f"images[{number}]"):
-            key = get(image, "id", kind=(int, str))
-            if key in names:
-                raise Fault(f"id {key} is also the id of {names[key]}")
-            names[key] = file.add(get(image, name_key, kind=(int, str)))
-    annotations = get(data, "annotations", kind=list) if file.captioned else []
-    if annotations and not has("caption", annotations):
-        raise Fault("no annotation has a caption; expected COCO's captions, not its instances or keypoints")
-    for number, record in enumerate(annotations):
-        with file.at(f"annotations[{number}]"):
-            caption, key = get(record, "caption"), get(record, "image_id", kind=(int, str))
-            if key not in names:
-                raise Fault(f"image_id {key} is the id of no image")
-            file.add(names[key], caption)
+
+    def image_of(image: Any) -> dict:
+        name = str(get(image, key, kind=(int, str)))
+        name = os.path.join(str(image.get("filepath") or ""), name)
+        id = get(image, "id", kind=(int, str)) if "id" in image else name
+        if id in names:
+            raise Fault(f"id {id} is also the id of {names[id]}")
+        names[id] = name
+        return image | {"file_name": name, "caption": image.get("sentences", [])}
+
+    def annotation_of(annotation: Any) -> dict:
+        id = get(annotation, "image_id", kind=(int, str))
+        if id not in names:
+            raise Fault(f"image_id {id} is the id of no image")
+        return annotation | {"file_name": names[id]}
+
+    for where, convert in (("images", image_of), ("annotations", annotation_of)):
+        for number, record in enumerate(data.get(where, ())):
+            yield f"{where}[{number}]", partial(convert, record)
 
 
-def read_karpathy(file: Contents, data: dict) -> None:
-    for number, image in enumerate(data["images"]):
-        with file.at(f"images[{number}]"):
-            name, split = get(image, "filename"), get(image, "split")
-            captions = [get(sentence, "raw") for sentence in get(image, "sentences", kind=list)]
-            file.add(PurePath(str(image.get("filepath") or ""), name), captions, split)
+def json_rows(data: list | dict) -> Rows:
+    return ((f"records[{number}]", record) for number, record in enumerate(records(data)))
 
 
-def read_records(file: Contents, data: list | dict) -> None:
-    for number, record in enumerate(data if isinstance(data, list) else [data]):
-        with file.at(f"records[{number}]"):
-            read_record(file, record)
+def object_rows(data: dict[str, Any]) -> Rows:
+    return ((f"{name!r:.60}", {"image": name, "caption": captions}) for name, captions in data.items())
 
 
-def read_record(file: Contents, record: Any) -> None:
-    name, captions = get(record, *NAMES, kind=(int, str)), get(record, *CAPTIONS, kind=(list, str))
-    file.add(name, captions, record.get("split"))
+def token_rows(text: str) -> Rows:
+    text = re.sub(r"(?m)^.*\.jpg\.\d+#.*$", "", text)  # the published file has one NAME.jpg.1, which is no photo
+    return table_rows(re.sub(r"#\d+\t", "\t", text), "\t", ["image", "caption"])
 
 
-def read_tokens(file: Contents, text: str) -> None:
-    for number, line in enumerate(text.split("\n"), start=1):
-        with file.at(f"line {number}"):
-            match = TOKEN_LINE.fullmatch(line)
-            if match is None and line.strip():
-                raise Fault(f"expected NAME.jpg#0<tab>caption, got {line!r:.60}")
-            if match and not re.search(r"\.jpg\.\d+$", match[1]):  # the published file has one NAME.jpg.1, no photo
-                file.add(match[1], match[2])
-
-
-def read_table(file: Contents, text: str) -> None:
-    mark = column_mark(text)
+def table_rows(text: str, mark: str | None = None, header: list[str] | None = None) -> Rows:
+    mark = mark or column_mark(text)
     if mark == "|":  # one row of the published Flickr30k lacks its second bar
         text = re.sub(r"^([^|\n]+\| *\d+) +(?=[^| ])", r"\1| ", text, flags=re.MULTILINE)
     # `strict`, else a quote left open would quietly swallow the rows below it into one caption
-    quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL
+    quoting = csv.QUOTE_NONE if mark == "|" or header else csv.QUOTE_MINIMAL
     table = csv.reader(io.StringIO(text), delimiter=mark, quoting=quoting, strict=True)
-    rows = ([cell.strip() for cell in row] for row in table if row)
+    rows = (cells for row in table if any(cells := [cell.strip() for cell in row]))
+
+    def record_of(row: list[str]) -> dict:
+        if len(row) != len(header):
+            raise Fault(f"{len(row)} columns, expected {len(header)} (with {mark!r} between them), got {row!r:.60}")
+        return dict(zip(header, row))
+
     try:
-        header = [column.lower() for column in next(rows)]
+        header = header or [column.lower() for column in next(rows)]
         for row in rows:
-            with file.at(f"line {table.line_num}"):
-                if len(row) != len(header):
-                    raise Fault(f"{len(row)} columns, expected {len(header)} (captions with {mark!r} go in quotes)")
-                read_record(file, dict(zip(header, row)))
+            yield f"line {table.line_num}", partial(record_of, row)
     except csv.Error as error:
-        file.faults.append(f"line {table.line_num}: {error}")
+        raise Fault(f"line {table.line_num}: {error}") from None
 
 
 def column_mark(text: Any) -> str | None:
     """What separates the columns of a table whose header names photos and captions; None for what is no such table."""
     for mark in ",;\t|":
         columns = {column.strip(' "\r') for column in first_line(text).lower().split(mark)}
-        if columns & set(NAMES) and columns & set(CAPTIONS):
+        if columns & set(NAMES) and (columns & set(CAPTIONS) or any(map(NUMBERED.fullmatch, columns))):
             return mark
     return None
 
@@ -164,22 +198,30 @@ def first_line(text: Any) -> str:
     return text.lstrip().partition("\n")[0] if isinstance(text, str) else ""
 
 
-def images(data: Any) -> Any:
-    """The list of a COCO or Karpathy file."""
-    return data.get("images") if isinstance(data, dict) else None
+def records(data: Any) -> list:
+    """The records in JSON data: a list, the first list of records in an object, or the object if it is a record."""
+    if not isinstance(data, dict):
+        return data
+    lists = [value for value in data.values() if isinstance(value, list) and has_name(value)]
+    return lists[0] if lists else [data] if any(has(key, data) for key in CAPTIONS) else []
+
+
+def has_name(data: Any) -> bool:
+    """Whether a record, or any of a list of records, names a photo."""
+    return any(has(name, data) for name in NAMES)
 
 
 # ------------------------------------------------------------------------------------------- the table of forms
 
 TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")
 
-# A form's name; whether a file's JSON, or its text where it is no JSON, is of it (the first that says so); its reader.
-FORMS: tuple[tuple[str, Callable[[Any], Any], Callable[[Contents, Any], None]], ...] = (
-    ("Karpathy's JSON", lambda data: has("sentences", images(data)) and "annotations" not in data, read_karpathy),
-    ("COCO's JSON ('images', 'annotations')", lambda data: isinstance(images(data), list), read_coco),
-    ("JSON records of image and caption", lambda data: any(has(name, data) for name in NAMES), read_records),
-    ("Flickr8k's lines NAME.jpg#0<tab>caption", lambda data: TOKEN_LINE.match(first_line(data)), read_tokens),
-    ("a CSV table with columns image and caption", column_mark, read_table),
+# A form's name; whether a file's JSON, or its text where it is no JSON, is of it (the first that says so); its records.
+FORMS: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Rows]], ...] = (
+    ("COCO's or Karpathy's 'images'", lambda data: has("images", data) and isinstance(data, dict), coco_rows),
+    ("JSON records of image and caption", lambda data: has_name(records(data)), json_rows),
+    ("a JSON object {photo: caption or captions}", lambda data: data and isinstance(data, dict), object_rows),
+    ("Flickr8k's lines NAME.jpg#0<tab>caption", lambda data: TOKEN_LINE.match(first_line(data)), token_rows),
+    ("a CSV table with columns image and caption", column_mark, table_rows),
 )
 EXPECTED = ", ".join(name for name, _, _ in FORMS)
 
@@ -200,20 +242,40 @@ def parse(where: object, text: str, expected: str = EXPECTED, **options: Any) ->
         raise UserError(f"{where}: not JSON ({error}); expected {expected}") from None
 
 
-def read_contents(where: object, text: str, captioned: bool = True) -> Contents | None:
-    """What the text of a file holds. Raises UserError, which begins with `where`, for faults and unknown forms.
+def read_parquet(path: Path) -> list[dict]:
+    """The rows of a Parquet file, as hubs publish data sets. Raises UserError, also where pyarrow is not installed."""
+    try:
+        from pyarrow import parquet
 
-    With `captioned` False the photos alone are wanted: the captions of COCO's form are not read, and plain text that
-    is of no form gives None.
+        return parquet.read_table(path).to_pylist()
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not read as Parquet: {error} (needs: pip install pyarrow)") from None
+
+
+def _merged(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which a key that stands there twice has both values: a dict would keep only the last caption."""
+    if len(dict(pairs)) == len(pairs):
+        return dict(pairs)
+    return {key: [value for one, value in pairs if one == key] for key, _ in pairs}
+
+
+def read_contents(path: Path, captioned: bool = True, exact: bool = False, expected: str = EXPECTED) -> Contents | None:
+    """What a file holds. Raises UserError for faults and unknown forms; says on stderr which captions are empty.
+
+    With `captioned` False the photos alone are wanted: captions are not read, and plain text of no form gives None.
+    With `exact` captions are predictions, which stay as they are and may be empty.
     """
-    content, file = parse(where, text), Contents(captioned)
-    forms = [(name, read) for name, tells, read in FORMS if tells(content)]
-    if not forms:
+    parquet = path.suffix == ".parquet"
+    content = read_parquet(path) if parquet else parse(path, read_text(path, expected), object_pairs_hook=_merged)
+    rows = next((rows for _, tells, rows in FORMS if tells(content)), None)
+    if rows is None:
         if isinstance(content, str) and not captioned:
             return None
-        raise UserError(f"{where}: {'not a known form' if text.strip() else 'empty'}; expected {EXPECTED}")
-    name, read = forms[0]
-    with file.at(name):
-        read(file, content)
-    check([f"{where}: {fault}" for fault in file.faults[:1]] + file.faults[1:])
-    return file
+        raise UserError(f"{path}: {'not a known form' if content else 'empty'}; expected {expected}")
+    contents = Contents(captioned, exact)
+    contents.read(rows(content))
+    check([f"{path}: {fault}" for fault in contents.faults[:1]] + contents.faults[1:])
+    if contents.left_out:
+        some = "; ".join(contents.left_out[:3])
+        print(f"{path}: {len(contents.left_out)} captions left out: {some}", file=sys.stderr)
+    return contents

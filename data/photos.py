@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import os
 import sys
 import warnings
@@ -16,12 +17,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from common.config import NothingDone, UserError, one_line
+from data.names import PHOTO_SUFFIXES
 from data.prefetch import prefetch
 
-PHOTO_SUFFIXES = {*".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split()}
-
 # Named, since otherwise PIL also runs Ghostscript on PostScript, and registers formats late, a race between threads.
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"]
+with suppress(ImportError):  # HEIC, as phones write it, where pillow-heif is installed
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    FORMATS.append("HEIF")
+
+PIXELS = 2**22  # of a photo in memory; a larger one is shrunk as it is decoded, so that a batch of them has room
+SHORT_EDGE = 512  # px, which shrinking leaves: more than encoders read
+LONGEST = 500  # times the short edge; resizing to an encoder's input makes gigabytes of a longer strip
+Image.MAX_IMAGE_PIXELS = 110_000_000  # PIL refuses twice as many: phones make photos of 200 megapixels
 
 # Damaged EXIF and large photos make PIL warn though the photo reads well. A filter that stands, since
 # `warnings.catch_warnings` around each photo would swap the whole process's filters under the other threads.
@@ -35,8 +45,19 @@ class Photo:
     stem: str
     path: Path | None
     captions: tuple[str, ...] = ()
-    content: bytes | None = None
-    """The file's bytes, where they are at hand already."""
+    id: str = field(default="", compare=False)
+    """What the annotations call it besides."""
+    content: bytes | None = field(default=None, compare=False, repr=False)
+    """Its file, where that lies inside another, such as Parquet."""
+
+
+def is_photo(path: Path) -> bool:
+    """Whether a file is a photo by the ending of its name or else by its content."""
+    if path.suffix.lower() in PHOTO_SUFFIXES:
+        return path.is_file()
+    with suppress(Exception), Image.open(path, formats=("JPEG", "PNG", "WEBP")):  # raw photos begin like TIFF
+        return True
+    return False
 
 
 def first_of(names: Sequence[str | Path], shown: int = 5) -> str:
@@ -77,8 +98,9 @@ def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> Load
     """Read the file of `photo` once: hash its bytes, and decode them to the last one unless the hash is `known`.
 
     The image is upright RGB (8 bits a channel): EXIF rotation is applied, transparency is laid on white, 16-bit and
-    wider grey is scaled to 8 bits, and of an animation the first frame is taken. Raises BadPhoto for what cannot be
-    decoded or has more than 178,956,970 pixels.
+    wider grey is scaled to 8 bits, and of an animation the first frame is taken. A photo of more than `PIXELS` is
+    shrunk by a whole number. Raises BadPhoto for what cannot be decoded, has more than 220,000,000 pixels, or is a
+    strip more than `LONGEST` times as long as wide.
     """
     path, content = photo.path or Path(photo.stem), photo.content
     if photo.path is None and content is None:
@@ -88,7 +110,8 @@ def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> Load
         key = hashlib.blake2b(content, digest_size=16).hexdigest()
         return LoadedPhoto(photo, None if known and known(key) else _decode(content), key)
     except UnidentifiedImageError:
-        raise BadPhoto(path, "not a photo in a known format" if content else "empty file") from None
+        hint = "; HEIC photos need pip install pillow-heif" * (content[4:8] == b"ftyp")
+        raise BadPhoto(path, f"not a photo in a known format{hint}" if content else "empty file") from None
     except FileNotFoundError:
         raise BadPhoto(path, "no such file") from None
     except Exception as error:  # PIL refuses huge photos; decoders of damaged files raise almost anything
@@ -104,21 +127,29 @@ def key_of(photo: Photo) -> str | None:
 
 def _decode(content: bytes) -> Image.Image:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        short, long = sorted(image.size)
+        if long > LONGEST * short:
+            raise ValueError(f"{image.width} x {image.height} pixels: more than {LONGEST} times as long as wide")
+        shrink = min(math.ceil(math.sqrt(short * long / PIXELS)), max(1, short // SHORT_EDGE))
+        image.draft(None, (image.width // shrink, image.height // shrink))  # a JPEG's decoder shrinks as it decodes
         image.load()
+        shrink = max(1, round(shrink * max(image.size) / long))  # what is left to do
         with suppress(Exception):  # EXIF that cannot be parsed says nothing of the rotation; the pixels are sound
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # else it is copied, rotated or not
         if image.mode == "F" or image.mode.startswith("I"):
             image = _grey8(image)
         elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+            image = image.convert("RGBA").reduce(shrink)
+            image, shrink = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image), 1
+        elif image.mode in ("1", "P"):  # whose values are not to be averaged
+            image = image.convert("RGB")
+        return image.reduce(shrink).convert("RGB")
 
 
 def _grey8(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits as mode L. PIL's own conversion clips: a 16-bit photo would turn white."""
     grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-    low, high = 0.0, 65535.0
+    low, high = 0.0, 65535.0 if grey.max() > 4095 else 4095.0  # cameras keep 12 bits in 16
     if image.mode == "F" or grey.min() < low or grey.max() > high:  # no agreed range: stretch from darkest to brightest
         low, high = float(grey.min()), float(grey.max())
     return Image.fromarray(np.round((grey - low) / ((high - low) or 1) * 255).astype(np.uint8))

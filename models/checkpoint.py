@@ -8,7 +8,8 @@ how it is read, and every tensor must be there, of the right shape, with none le
 """
 
 import json
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,19 @@ from models.hub import loading
 FREQUENCIES = "document_frequencies.json"
 PROJECTOR, LORA, CONFIG = "projector.safetensors", "decoder_lora", "captioner.json"
 LORA_WEIGHTS = f"{LORA}/adapter_model.safetensors"
+
+
+def absolute(config: CaptionerConfig, beside: Path = Path()) -> CaptionerConfig:
+    """The config with local models by absolute paths: a checkpoint is to be read from any working directory.
+
+    They are looked for as they are named, and then relative to the folder `beside`.
+    """
+
+    def found(name: str) -> str:
+        return next((os.path.abspath(path) for path in (name, beside / name) if os.path.exists(path)), name)
+
+    encoder = replace(config.encoder, weights=found(config.encoder.weights))
+    return replace(config, encoder=encoder, decoder=replace(config.decoder, model=found(config.decoder.model)))
 
 
 def save_captioner(
@@ -86,7 +100,7 @@ def check_checkpoint(folder: Path) -> CaptionerConfig:
     """
     file = folder / CONFIG
     try:
-        config = config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8")))
+        config = absolute(config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8"))), folder)
     except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"{file}: expected the settings of a captioner: {error}") from None
     check(check_encoder(config.encoder) + check_decoder(config.decoder))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common.config import UserError, check
+from common.config import check
 from data.batches import Row
 from data.features import Features
-from data.photos import Photo
+from data.photos import BadPhoto, Photo
 from models.captioner import Captioner
 from models.features import encode_files
 from models.packing import PackedBatch, pack_rows
@@ -43,20 +43,29 @@ def prepare_split(captioner: Captioner, photos: list[Photo], cache: Path, skip_b
     """Encode `photos` (or read their features from the folder `cache`) and tokenise their captions.
 
     Raises UserError for captions longer than the decoder has positions for, and for photos that cannot be decoded;
-    with `skip_bad_photos` those are named on stderr and left out.
+    with `skip_bad_photos` they are named on stderr and left out.
     """
     ids = captioner.tokenizer([c for photo in photos for c in photo.captions], add_special_tokens=False).input_ids
-    captioner.check_room(max(map(len, ids)), "annotations")
+    rest, room = iter(ids), captioner.room()
+    captions = {photo.stem: [next(rest) for _ in photo.captions] for photo in photos}
+    long = {stem for stem, own in captions.items() if max(map(len, own)) > room}
+    reason = f"a caption has more than {room} tokens, for which the decoder has no positions"
+    _leave_out([BadPhoto(photo.path, reason) for photo in photos if photo.stem in long], skip_bad_photos)
+    photos = [photo for photo in photos if photo.stem not in long]
     features, good, bad = encode_files(captioner.encoder, photos, cache)
     if features is None:
-        raise UserError(f"images: none of {len(photos)} photos could be decoded, such as {bad[0]}")
-    if bad and not skip_bad_photos:
+        check([f"images: none of {len(photos)} photos could be decoded", *map(str, bad[:1])])
+    _leave_out(bad, skip_bad_photos)
+    photos, eos = [photos[i] for i in good], captioner.tokenizer.eos_token_id
+    return Split(photos, features, [captions[photo.stem] for photo in photos], eos)
+
+
+def _leave_out(bad: list[BadPhoto], allowed: bool) -> None:
+    """Name on stderr the photos that training goes on without. Raises UserError where that is not `allowed`."""
+    if bad and not allowed:
         check([f"photo {error}" for error in bad] + ["skip_bad_photos goes on without them"])
     for error in bad:
         print(f"skipped photo {error}", file=sys.stderr)
-    rest = iter(ids)
-    captions = [[next(rest) for _ in photo.captions] for photo in photos]
-    return Split([photos[i] for i in good], features, [captions[i] for i in good], captioner.tokenizer.eos_token_id)
 
 
 def weigh_by_agreement(split: Split, agreement: dict[str, list[float]], power: float) -> None:

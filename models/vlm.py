@@ -5,6 +5,7 @@ is prefilled once; all decodings and all captions that are looked into go on fro
 docs/grounding.md lists the families of models.
 """
 
+import re
 import sys
 from collections.abc import Collection, Sequence
 from functools import lru_cache
@@ -212,6 +213,8 @@ def load_vlm(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+    if re.search(r"<\S*image\S*>", prompt):
+        raise UserError(f"prompt: expected the question alone, without the photo's place, got {prompt!r:.60}")
     options = {"dtype": dtype, "device_map": {"": device}}  # straight there: 7B need not pass through the CPU's memory
     if quantize != "none":
         bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype} if quantize == "4bit" else {"load_in_8bit": True}

@@ -56,9 +56,11 @@ def _small(image: Image.Image) -> Image.Image:
 
 def draw_words(photo: Drawn, method: str, file: Path) -> None:
     """PNG: the photo, then a tile for each word with its probability p, on one colour scale."""
+    from matplotlib import font_manager, rcParams
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
+    rcParams["font.family"] = ["DejaVu Sans", *(name for name in font_manager.get_font_names() if "CJK" in name)]
     words = [i for i, unit in enumerate(photo.units) if any(map(str.isalnum, unit.text)) or not unit.text]
     words = words or list(range(len(photo.units)))  # a full stop has a map too, but it would only set the scale
     columns = min(6, 1 + len(words))

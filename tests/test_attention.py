@@ -455,3 +455,17 @@ def test_objects_are_found_once_and_as_whole_phrases():
         ("hot dog", (4, 5)), ("dog", (5,)), ("person", (1,)),
     ]  # fmt: skip
     assert find_named(["dogged"], names) == []
+
+
+def test_in_scripts_without_spaces_each_character_is_a_word():
+    from types import SimpleNamespace
+
+    from demo.standins import train_tokenizer
+    from models.attribution import split_units
+
+    tokenizer = train_tokenizer(["a red box", "the red box"])
+    ids = [*tokenizer("a 红盒子 box").input_ids, tokenizer.eos_token_id]
+    record = SimpleNamespace(
+        ids=ids, mean=np.zeros((1, len(ids), 1)), probability=np.ones(len(ids)), probabilities=np.ones(len(ids))
+    )
+    assert [unit.text for unit in split_units(record, tokenizer)] == ["a", "红", "盒", "子", "box"]

@@ -106,6 +106,14 @@ def test_lists_of_choices_are_named_in_words():
 
     with pytest.raises(UserError, match="^metrics: expected list.Literal.'cider', 'bleu'.., got "):
         parse_config(Chosen, ["--metrics", "spice"])
+    assert parse_config(Chosen, ["--metrics", "cider,bleu", "cider"]).metrics == ["cider", "bleu", "cider"]
+
+
+def test_paths_in_the_home_folder_and_words_for_a_file(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse("--folder=~/photos").folder == Path("/home/me/photos")
+    with pytest.raises(UserError, match=r"^part: greedy: .*No such file.* \(or --part.NAME VALUE\)"):
+        parse("--part", "greedy")
 
 
 def test_numbers_are_plain():
@@ -192,6 +200,8 @@ class Config:
 def main(cfg):
     if cfg.how == "mistake": raise UserError("how: expected\\nsomething else")
     if cfg.how == "nothing": raise NothingDone("none of 3 photos could be decoded")
+    if cfg.how == "emoji": print("a dog \\N{DOG FACE}")
+    if cfg.how == "long": raise UserError("x" * 100_000)
     if cfg.how == "full": raise OSError(28, "No space left on device", "x.json")
     if cfg.how == "fault": raise ZeroDivisionError
     if cfg.how == "int": os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
@@ -202,12 +212,17 @@ run(main, Config)
 
 def test_exit_codes_and_single_lines(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
+    hows = ("--how " + how for how in "emoji long mistake nothing full fault int term".split())
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options["env"] = {"PYTHONPATH": ".", "PATH": "", "PYTHONIOENCODING": "cp1252"}
     started = {
-        args: subprocess.Popen([sys.executable, tmp_path / "script.py", *args], stderr=subprocess.PIPE, text=True,
-                               env={"PYTHONPATH": ".", "PATH": ""})
-        for args in ((), ("--who", "x"), *(("--how", how) for how in "mistake nothing full fault int term".split()))
-    }  # fmt: skip
-    done = {args: (process.communicate()[1], process.returncode) for args, process in started.items()}
+        tuple(args.split()): subprocess.Popen([sys.executable, tmp_path / "script.py", *args.split()], **options)
+        for args in ("", "--who x", *hows)
+    }
+    said = {args: process.communicate() for args, process in started.items()}
+    done = {args: (said[args][1], process.returncode) for args, process in started.items()}
+    assert said["--how", "emoji"] == ("a dog ?\n", "") and done["--how", "emoji"][1] == 0
+    assert len(done["--how", "long"][0]) < 2100
     assert done[()] == ("", 0)
     assert done["--how", "mistake"] == ("script.py: error: how: expected something else\n", 2)
     assert done["--how", "nothing"] == ("script.py: none of 3 photos could be decoded\n", 3)

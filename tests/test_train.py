@@ -30,7 +30,7 @@ from data.annotations import find_photos, read_annotations
 from data.batches import batch_tokens, epoch_batches
 from data.photos import Photo, load_photo
 from data.prefetch import prefetch
-from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner
+from models.checkpoint import LORA_WEIGHTS, PROJECTOR, absolute, check_checkpoint, load_captioner, save_captioner
 from models.decoder import LoraConfig
 from models.encoder import FrozenEncoder, build_encoder
 from models.features import encode_files
@@ -506,6 +506,39 @@ def test_resume_refuses_changed_settings_and_overwrite_starts_anew(config, monke
     p2_train.main(dataclasses.replace(cfg, resume=True, seed=2))  # no epoch has ended, so that it begins anew
     assert not same(learnt(cfg.output / "last"), before)
     assert [row["epoch"] for row in rows(cfg.output)] == [1, 1]
+
+
+def test_missing_photos_and_long_captions_are_skipped_where_that_was_said(config, data_root, tmp_path, capsys):
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(data_root, spoilt)
+    (spoilt / "images/train/train2.png").unlink()
+    content = json.loads((spoilt / "train.json").read_text())
+    content["annotations"][-1]["caption"] = "a red box " * 200  # of train7
+    (spoilt / "train.json").write_text(json.dumps(content))
+    cfg = config(data=spoilt, finetune=Stage(epochs=0))
+    with pytest.raises(UserError, match=r"train2.png\) of .*train.json not there"):
+        p2_train.main(cfg)
+    p2_train.main(dataclasses.replace(cfg, skip_bad_photos=True))
+    err = capsys.readouterr().err
+    assert "train2.png: no such file" in err and "train7.png: a caption has more than " in err
+    shutil.copy(data_root / "images/train/train2.png", spoilt / "images/train")
+    with pytest.raises(UserError, match="train7.png: a caption has more than .* skip_bad_photos goes on"):
+        p2_train.main(dataclasses.replace(cfg, overwrite=True))
+
+
+def test_a_checkpoint_is_read_from_any_folder(make_captioner, captioner_config, tmp_path, monkeypatch):
+    config = captioner_config()
+    monkeypatch.chdir(Path(config.encoder.weights).parent)
+    name = Path(config.encoder.weights).name
+    local = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, weights=name))
+    assert absolute(local).encoder.weights == config.encoder.weights
+    save_captioner(make_captioner(), tmp_path / "run")
+    (tmp_path / "run" / name).symlink_to(config.encoder.weights)
+    stored = json.loads((tmp_path / "run/captioner.json").read_text())
+    stored["encoder"]["weights"] = name
+    (tmp_path / "run/captioner.json").write_text(json.dumps(stored))
+    monkeypatch.chdir("/")
+    assert check_checkpoint(tmp_path / "run").encoder.weights == str(tmp_path / "run" / name)  # beside the checkpoint
 
 
 def test_photos_that_cannot_be_decoded(config, data_root, tmp_path, capsys):

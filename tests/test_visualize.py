@@ -14,6 +14,7 @@ from selenium.webdriver.support.ui import Select
 import p3_visualize
 from common.config import NothingDone, UserError
 from common.files import write_json
+from data.instances import read_instances
 from models.attribution import CHEAP, METHODS
 from models.checkpoint import save_captioner
 from p3_visualize import Config
@@ -135,10 +136,7 @@ def test_a_caption_with_dollar_signs_is_drawn_as_it_is(scene):
         ({"scores": Path("scores.json"), "top": 0, "bottom": 0}, "top 0, bottom 0 and .*scores.json choose no photo"),
         ({"instances": Path("instances.json"), "unit": "token"}, "instances: grounding is of words"),
         ({"instances": Path("odd.json")}, r"segmentation of annotation None is \[\[1, 2\]\]; expected polygons"),
-        (
-            {"overwrite": True, "output": "photos"},
-            "output: .*photos/one.png is read by this command; give another name",
-        ),
+        ({"overwrite": True, "output": "photos"}, "output: .*photos is read by this command; give another name"),
     ],
 )
 def test_mistakes_end_in_one_line(scene, settings, said):
@@ -162,6 +160,72 @@ def test_masks_of_other_sizes_a_full_folder_and_no_photo(scene, capsys):
         (scene / f"photos/{stem}.png").write_bytes(b"")
     with pytest.raises(NothingDone, match="none of 3 photos"):
         visualize(scene, "nothing")
+
+
+def test_captions_shapes_and_names_that_no_run_may_end_by(scene):
+    """What matplotlib would read as mathematics, a photo of one column, and a name of 255 bytes."""
+    (scene / "odd").mkdir()
+    names = ["price.png", "x" * 252 + ".j2", "line.png"]
+    for name, size in zip(names, [(40, 30), (40, 30), (500, 1)]):
+        Image.new("RGB", size, "red").save(scene / "odd" / name, "png")
+    captions = ["a $$ sign on 5 ^_^ and $10 .", "a red box", "the \\frac{ red } box"]
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+    annotations = [{"image_id": number, "caption": caption} for number, caption in enumerate(captions)]
+    write_json(scene / "odd.json", {"images": images, "annotations": annotations})
+    settings = {"checkpoint": scene / "run", "features": scene / "f", "annotations": scene / "odd.json"}
+    p3_visualize.main(Config([scene / "odd"], scene / "out", device="cpu", **settings))
+    assert {path.name for path in (scene / "out").iterdir()} == {
+        "index.html", "price.png", "line.png", "x" * 250 + ".png"
+    }  # fmt: skip
+    assert len(read(scene)["photos"]) == 3
+
+
+def test_photos_that_were_never_downloaded_are_named_and_left_out(scene, capsys):
+    (scene / "photos/two.png").unlink()
+    visualize(scene, annotations=scene / "captions.json")
+    assert "two.png: no such file" in capsys.readouterr().err and len(read(scene)["photos"]) == 2
+
+
+def test_no_photo_is_written_over(scene):
+    (scene / "list.txt").write_text("photos/one.png\n")
+    before = (scene / "photos/one.png").read_bytes()
+    with pytest.raises(UserError, match="output: .*photos/one.png is read by this command"):
+        settings = {"checkpoint": scene / "run", "overwrite": True, "device": "cpu"}
+        p3_visualize.main(Config([scene / "list.txt"], scene / "photos", **settings))
+    assert (scene / "photos/one.png").read_bytes() == before
+
+
+BAD_MASKS = {
+    "too few": {"counts": [10], "size": [60, 120]},
+    "too many": {"counts": [0, 60 * 120 + 1], "size": [60, 120]},
+    "negative": {"counts": [-1, 60 * 120 + 1], "size": [60, 120]},
+    "compressed, short": {"counts": "52203", "size": [60, 120]},
+    "far": [[1e9, 0, 1, 1, 2, 2]],
+    "infinite": [[float("inf"), 0, 1, 1, 2, 2]],
+    "odd": [[0, 0, 1, 1, 2, 2, 3]],
+    "no list": [[0, 0, 1, 1, 2, 2], 7],
+}
+
+
+@pytest.mark.parametrize("shape", BAD_MASKS.values(), ids=BAD_MASKS)
+def test_masks_that_c_code_would_not_survive_are_refused(scene, shape):
+    content = json.loads((scene / "instances.json").read_text())
+    content["annotations"][0]["segmentation"] = shape
+    (scene / "bad.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="bad.json: segmentation of annotation None is .*; expected polygons"):
+        read_instances(scene / "bad.json")
+
+
+def test_compressed_masks_are_read(scene):
+    from pycocotools import mask
+
+    drawn = np.zeros((60, 120), np.uint8, order="F")
+    drawn[10:40, 20:50] = drawn[5, 80:83] = drawn[50:, 100:] = 1
+    content = json.loads((scene / "instances.json").read_text())
+    content["annotations"][0]["segmentation"] = mask.encode(drawn) | {"counts": mask.encode(drawn)["counts"].decode()}
+    content["annotations"] = content["annotations"][:1]
+    (scene / "rle.json").write_text(json.dumps(content))
+    assert np.array_equal(read_instances(scene / "rle.json").masks("one")["red box"], drawn)
 
 
 # ------------------------------------------------------------------------------------------- the page

@@ -38,6 +38,12 @@ def caption(llava_folder, photos, output, **settings) -> None:
     )
 
 
+@pytest.mark.parametrize("prompt", ["<image> Describe it.", "USER: <image>\nWhat? ASSISTANT:", "<|image_pad|> What?"])
+def test_a_prompt_with_a_place_for_the_photo_is_refused_before_the_model_loads(prompt):
+    with pytest.raises(UserError, match="^prompt: expected the question alone"):
+        load_vlm("nowhere", prompt, torch.device("cpu"), torch.float32)
+
+
 @torch.inference_mode()
 def test_greedy_captions_are_those_of_a_plain_script(llava_folder, photos, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
