@@ -40,7 +40,6 @@ from metrics.cider import agreement
 from models import training
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.checkpoint import absolute, find_checkpoint, load_trained, save_captioner
-from models.consensus import count_frequencies
 from models.decoder import check_decoder
 from models.encoder import check_encoder
 from models.run_folder import begin_run, inputs_hash, restore_parts, resumed_state, settings_of
@@ -344,7 +343,6 @@ def main(cfg: Config) -> None:
     captioner.encoder.to(accelerator.device)
     train = prepare_split(captioner, photos, cfg.features, cfg.skip_bad_photos)
     val = prepare_split(captioner, val_photos, cfg.features, cfg.skip_bad_photos) if val_photos else None
-    captioner.frequencies = count_frequencies(photo.captions for photo in train.photos[:20_000])  # enough, if many
     if cfg.consensus:
         scores = agreement({photo.stem: list(photo.captions) for photo in train.photos})
         weigh_by_agreement(train, scores, cfg.consensus)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from common.config import UserError
 from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
-from models.consensus import Frequencies
 from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, first_token, load_decoder, merge_lora
-from models.decoding import Decodings, Seeds, TokenIds, choose_candidates, generate_all, prefill, with_candidates
+from models.decoding import Decodings, Seeds, TokenIds, generate_all, prefill
 from models.encoder import EncoderConfig, FrozenEncoder, PatchGrid, build_encoder
 from models.features import CachedEncoder
 from models.packing import ChunkedCrossEntropy, PackedBatch, pack_rows, packed_hidden
@@ -47,7 +46,6 @@ class Captioner(nn.Module):
         self.encoder, self.projector, self.decoder = encoder, projector, decoder
         self.tokenizer, self.config = tokenizer, config
         self.encode = CachedEncoder(encoder)
-        self.frequencies: Frequencies | None = None  # of n-grams in the training captions, for consensus decoding
 
     def train(self, mode: bool = True) -> "Captioner":
         """The decoder's own dropout (GPT-2 has three kinds) stays off: what is frozen needs no regularising."""
@@ -116,8 +114,7 @@ class Captioner(nn.Module):
         # `generate` takes ids for all positions; those of the image are not read, since the cache holds them
         ids = torch.full((len(prefix), prefix.shape[1] + 1), eos, device=prefix.device)
         mask = torch.ones_like(ids)
-        drawn = generate_all(lm, caches, ids, mask, with_candidates(decodings, seeds), eos, eos, ids.shape[1])
-        return choose_candidates(drawn, decodings, self.text, self.frequencies)
+        return generate_all(lm, caches, ids, mask, decodings, seeds, eos, eos, ids.shape[1])
 
     @torch.no_grad()
     def attend(

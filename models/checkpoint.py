@@ -2,9 +2,8 @@
 
     python -m models.checkpoint --checkpoint RUN --merge FOLDER    # a plain transformers model, to share
 
-Beside them may be `document_frequencies.json`, for consensus decoding: how many photos have an n-gram in their training
-captions. The frozen encoder and decoder are not copied; `captioner.json` names them. The folder's contents alone decide
-how it is read, and every tensor must be there, of the right shape, with none left over.
+The frozen encoder and decoder are not copied; `captioner.json` names them. The folder's contents alone decide how it is
+read, and every tensor must be there, of the right shape, with none left over.
 """
 
 import json
@@ -20,12 +19,10 @@ from torch import Tensor
 from common.config import UserError, check, config_from, run
 from common.files import folder_problems, folder_written_whole, restore_folder, write_json
 from models.captioner import Captioner, CaptionerConfig, build_captioner
-from models.consensus import Frequencies
 from models.decoder import check_decoder, merge_lora
 from models.encoder import check_encoder
 from models.hub import loading
 
-FREQUENCIES = "document_frequencies.json"
 PROJECTOR, LORA, CONFIG = "projector.safetensors", "decoder_lora", "captioner.json"
 LORA_WEIGHTS = f"{LORA}/adapter_model.safetensors"
 
@@ -58,8 +55,6 @@ def save_captioner(
             for file, state in learnt(captioner).items():
                 save_file({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, part / file)
             write_json(part / CONFIG, asdict(captioner.config))
-            if captioner.frequencies:
-                write_json(part / FREQUENCIES, asdict(captioner.frequencies), indent=None)
             for name, value in (extra or {}).items():
                 torch.save(value, part / name)
     except (RuntimeError, SafetensorError) as error:  # of a full disk, say; the older folder is kept
@@ -130,11 +125,6 @@ def load_captioner(path: Path) -> Captioner:
     folder = find_checkpoint(path)
     captioner = build_captioner(check_checkpoint(folder))
     load_trained(captioner, folder)
-    file = folder / FREQUENCIES
-    try:
-        captioner.frequencies = Frequencies(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
-    except (ValueError, TypeError):
-        raise UserError(f"{file}: expected the number of photos, and for each n-gram how many have it") from None
     return captioner.eval()
 
 

@@ -6,10 +6,9 @@ each word, and `generate` only has to take the one word that the sampler left.
 """
 
 import copy
-import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +19,6 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from models.consensus import Frequencies, agreement
 from models.decoder import attend_with
 
 # transformers calls the argument `cache` from 5.24 on, and `past_key_values` before.
@@ -28,7 +26,6 @@ CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_valu
 TokenIds = list[int]
 EndTokens = int | list[int]  # some models have several
 Seeds = dict[str, Sequence[int]]  # one for each photo, by the name of the decoding
-Candidate = tuple[str, int]  # name of a decoding, number
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,9 @@ class Decoding:
     """Sample from the likeliest words that make up this share of the probability."""
     top_k: NonNegativeInt = 0
     """Sample from this many likeliest words; 0 is all."""
-    candidates: PositiveInt = 1
-    """With N > 1: the greedy caption and N - 1 sampled ones are compared; the one closest to the others is returned."""
 
 
 Decodings = dict[str, Decoding]
-Draw = tuple[Decoding, Sequence[int]]  # how a caption is chosen, and a seed for each photo
-Drawn = dict[Candidate, list[TokenIds]]  # B captions
 
 # The three decodings of the published report.
 PRESETS = {
@@ -78,11 +71,8 @@ def check_decoding(key: str, decoding: Decoding) -> list[str]:
         problems.append(f"{key}.num_beams: expected 1 with do_sample, got {decoding.num_beams}")
     if decoding.length_penalty != 1 and decoding.num_beams == 1:
         problems.append(f"{key}.length_penalty: only beams use it; expected {key}.num_beams with it")
-    if decoding.candidates > 1 and (decoding.num_beams > 1 or decoding.do_sample):
-        problems.append(f"{key}.candidates: expected 1 with do_sample or beams, got {decoding.candidates}")
-    sampled = decoding.do_sample or decoding.candidates > 1
     for name in ("temperature", "top_p", "top_k"):
-        if not sampled and getattr(decoding, name) != getattr(Decoding(), name):
+        if not decoding.do_sample and getattr(decoding, name) != getattr(Decoding(), name):
             problems.append(f"{key}.{name}: only sampling uses it; expected {key}.do_sample with it")
     return problems
 
@@ -176,32 +166,6 @@ def until_eos(ids: Tensor, eos: EndTokens) -> list[TokenIds]:
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
 
 
-# ------------------------------------------------------------------------------------------- consensus decoding
-
-
-def with_candidates(decodings: Decodings, seeds: Seeds) -> dict[Candidate, Draw]:
-    """What is drawn for each decoding: its first candidate is greedy, or as it says; the others are sampled."""
-    draws = {}
-    for name, decoding in decodings.items():
-        for number in range(decoding.candidates):
-            one = dataclasses.replace(decoding, candidates=1, do_sample=decoding.do_sample or number > 0)
-            draws[name, number] = one, [photo_seed(seed, number) if number else seed for seed in seeds[name]]
-    return draws
-
-
-def choose_candidates(
-    drawn: Drawn, decodings: Decodings, text: Callable[[TokenIds], str], frequencies: Frequencies | None = None
-) -> dict[str, list[TokenIds]]:
-    """Of each photo's candidates the one that agrees most with the others (minimum Bayes risk); the first of equals."""
-    captions = {}
-    for name, decoding in decodings.items():
-        captions[name] = drawn[name, 0]
-        if decoding.candidates > 1:
-            groups = zip(*(drawn[name, number] for number in range(decoding.candidates)))
-            captions[name] = [group[agreement(list(map(text, group)), frequencies).argmax()] for group in groups]
-    return captions
-
-
 # ------------------------------------------------------------------------------------------- from one prefill
 
 
@@ -238,28 +202,29 @@ def generate_all(
     caches: Sequence[Cache],
     ids: Tensor,
     mask: Tensor,
-    draws: dict[Candidate, Draw],
+    decodings: Decodings,
+    seeds: Seeds,
     eos: EndTokens,
     pad: int,
     hidden: int = 0,
     **rows: Tensor,
-) -> Drawn:
-    """Several draws for B prompts from one prefill: token ids of the B captions of each draw, without EOS.
+) -> dict[str, list[TokenIds]]:
+    """Several decodings of B prompts from one prefill: token ids of the B captions of each, without EOS.
 
     `caches` hold, part by part of the batch, what `model` keeps of `ids` (B, L) but for the last; they are used up.
-    Draws with the same number of steps go side by side as rows of one batch: a step reads the weights once for all of
-    them. The first `hidden` of the `ids` stand for an image: the rules against repetition do not see them. On a CPU the
+    Decodings with the same number of steps go side by side as rows of one batch: a step reads the weights once for all
+    of them. The first `hidden` of the `ids` stand for an image: the rules against repetition do not see them. On a CPU the
     language model attends by plain products, since the fused kernel is made for many queries: at 64 rows of 270 tokens
     in bf16 they take a fifth of its time. `rows` are what else `generate` reads, (..., B, L).
     """
-    groups: dict[tuple, list[Candidate]] = {}
-    for name, (decoding, _) in draws.items():
+    groups: dict[tuple, list[str]] = {}
+    for name, decoding in decodings.items():
         groups.setdefault((decoding.max_new_tokens, name if decoding.num_beams > 1 else None), []).append(name)
     captions = {}
     for number, names in enumerate(groups.values(), start=1):
-        count, (first, _) = len(names), draws[names[0]]
+        count, first = len(names), decodings[names[0]]
         parts = caches if number == len(groups) else copy.deepcopy(caches)
-        steps = [processors(*draws[name], ids[:, hidden:], eos) for name in names]
+        steps = [processors(decodings[name], seeds[name], ids[:, hidden:], eos) for name in names]
         with attend_with(model.get_decoder(), "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
             out = model.generate(
                 input_ids=ids.repeat_interleave(count, dim=0),

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from common.config import UserError
 from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
-from models.decoding import CACHE, Decoding, choose_candidates, generate_all, generate_plainly, with_candidates
+from models.decoding import CACHE, Decodings, Seeds, TokenIds, generate_all, generate_plainly
 from models.encoder import PatchGrid
 from models.hub import load_whole, loading, means_folder
 from models.patch_boxes import grid_of, measure_boxes, on_grid
@@ -100,22 +100,17 @@ class VisionLanguageModel(nn.Module):
         return cache, output.last_hidden_state[:, :-1], kwargs["position_ids"][..., :-1]
 
     @torch.inference_mode()
-    def generate(
-        self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
-    ) -> dict[str, list[list[int]]]:
+    def generate(self, photos: Sequence[LoadedPhoto], decodings: Decodings, seeds: Seeds) -> dict[str, list[TokenIds]]:
         """Token ids of B captions for each decoding; see `models.interface`."""
         inputs, ends = self.inputs(photos), (self.eos, self.pad)
-        draws = with_candidates(decodings, seeds)
         if self.placed:
             cache, _, positions = self._prefill(inputs)
             rows = {}
             if positions.ndim == 3:  # `generate` counts the other kind by itself
                 rows["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
             prompt = [cache], inputs["input_ids"], inputs["attention_mask"]
-            drawn = generate_all(self.model, *prompt, draws, *ends, **rows)
-        else:
-            drawn = {name: generate_plainly(self.model, inputs, *draw, *ends) for name, draw in draws.items()}
-        return choose_candidates(drawn, decodings, self.text)
+            return generate_all(self.model, *prompt, decodings, seeds, *ends, **rows)
+        return {name: generate_plainly(self.model, inputs, one, seeds[name], *ends) for name, one in decodings.items()}
 
     @torch.no_grad()
     def attend(

@@ -395,12 +395,6 @@ def test_rules_against_repetition_are_transformers_own_and_do_not_see_the_image(
     assert captions["plain"] == captioner.generate_from(few, {"alone": decodings["plain"]}, {"alone": ()})["alone"]
 
 
-def test_candidates_keep_the_rules(make_captioner, features):
-    decoding, seeds = Decoding(max_new_tokens=10, candidates=3, no_repeat_ngram_size=1), range(8)
-    captions = loud(make_captioner("gpt2")).generate_from(features[:8], {"mbr": decoding}, {"mbr": seeds})["mbr"]
-    assert all(len(set(ids)) == len(ids) for ids in captions) and max(map(len, captions)) > 4
-
-
 def test_a_length_penalty_is_for_beams():
     said = "x.length_penalty: only beams use it; expected x.num_beams with it"
     assert check_decoding("x", Decoding(length_penalty=2.0)) == [said]
