@@ -167,7 +167,7 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
     parser, fields = _parser(Config), field_types(Config)
     check([f"{key}: expected at least one value, got none" for key, value in settings.items() if value == []])
     check([_unknown(key, fields) for key in settings if key not in fields])
-    needed = [key for key, value in settings.items() if value is None and "None" not in fields[key]]
+    needed = [key for key, value in settings.items() if value is None and not re.search("None|Optional", fields[key])]
     check([f"{key}: expected {fields[key]}, got nothing" for key in needed])
     try:
         parsed = parser.instantiate(parser.parse_object(Namespace(settings)))

@@ -466,6 +466,6 @@ def test_in_scripts_without_spaces_each_character_is_a_word():
     tokenizer = train_tokenizer(["a red box", "the red box"])
     ids = [*tokenizer("a 红盒子 box").input_ids, tokenizer.eos_token_id]
     record = SimpleNamespace(
-        ids=ids, mean=np.zeros((1, len(ids), 1)), probability=np.ones(len(ids)), probabilities=np.ones(len(ids))
+        ids=ids, mean=np.zeros((1, len(ids), 1)), shares=np.zeros((1, len(ids), 3)), probabilities=np.ones(len(ids))
     )
     assert [unit.text for unit in split_units(record, tokenizer)] == ["a", "红", "盒", "子", "box"]
