@@ -39,7 +39,7 @@ def model(request, make_captioner, llava_folder):
 def seen(request, make_captioner):
     """A captioner with LoRA, the features of three photos, and the records of three captions of different lengths."""
     name, _, start = request.param.partition(" ")
-    captioner = make_captioner(name).eval()
+    captioner = make_captioner(name).ready(CPU, torch.float32)
     decoder = dataclasses.replace(captioner.config.decoder, start_token=bool(start))
     captioner.config = dataclasses.replace(captioner.config, decoder=decoder)
     torch.manual_seed(0)

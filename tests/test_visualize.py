@@ -100,11 +100,6 @@ def test_grounding_of_given_captions(scene, llava_folder, which, capsys):
     method = content["method"]
     blind = {"random weights, last_mean", f"random weights, {method}"}
     assert set(content["rows"]) >= {*METHODS, *blind, "centre", "ground truth on the grid"}
-    curves = {
-        row: [cells[curve]["score"] for curve in ("deletion", "insertion")] for row, cells in content["rows"].items()
-    }
-    assert all(np.isfinite(curves[row]).all() for row in (*METHODS, "random maps", "centre"))
-    assert curves["rel"] != curves["centre"] and curves[f"random weights, {method}"] == [None, None]
     truth = content["rows"]["ground truth on the grid"]
     assert truth["match_at_1"]["score"] == truth["pointing"]["score"] == 1.0
     out = capsys.readouterr().out
