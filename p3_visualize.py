@@ -27,7 +27,7 @@ from common.files import check_apart, check_output, folder_problems, read_text, 
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.photos import LoadedPhoto, Photo, PhotoBatches
-from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named, ground
+from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named
 from metrics.object_words import phrases
 from models.attention import EXTRAS
 from models.attribution import CHEAP, METHODS, Unit, split_units
@@ -37,7 +37,7 @@ from models.interface import CaptionModel
 from models.vlm import PROMPT, Fit, Quantize, check_model, load_vlm
 from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
 
-Grounded = dict[Photo, list[tuple[list[int], list[Named]]]]  # a photo's captions, and the objects that each names
+Grounded = dict[Photo, list[tuple[list[int], list[Unit], list[Named]]]]  # a photo's captions, with what each names
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ class Config(CommonSettings):
     """Method of the PNGs, and the first one on the page; docs/grounding.md says what each is and how well it does."""
     methods: list[Literal[tuple(METHODS)]] = field(default_factory=lambda: list(CHEAP))
     """Methods of the page and of the scores; heads, rollout, gradcam and relevancy cost more than the others."""
-    unit: Literal["word", "token"] = "word"
-    """word joins sub-words; token shows them apart, the closing end token included."""
     scores: Path | None = None
     """Scores of evaluate.py (the first run's, of several), by which the best and the worst photos are taken."""
     by: str = "clipscore"
@@ -97,8 +95,8 @@ def check_settings(cfg: Config) -> None:
         problems.append("checkpoint: expected either checkpoint or model, got " + ("both" if cfg.model else "neither"))
     if (cfg.quantize, cfg.fit) != ("none", "processor") and not cfg.model:
         problems.append("quantize, fit: these settings are of a vision-language model; expected model with them")
-    if cfg.instances and (cfg.quantize != "none" or cfg.unit == "token"):
-        problems.append("instances: grounding is of words and redraws weights; expected unit word and quantize none")
+    if cfg.instances and cfg.quantize != "none":
+        problems.append("instances: a control of grounding redraws the weights; expected quantize none with it")
     if not cfg.pictures and not cfg.instances:
         problems.append("pictures: false leaves the grounding scores alone to be done; expected instances with it")
     problems += folder_problems(cfg.output, cfg.overwrite, "give another name, or --overwrite to write into it")
@@ -172,15 +170,14 @@ def measure_random_weights(model: CaptionModel, grounded: Grounded, table: Groun
     torch.manual_seed(cfg.seed)
     model.randomize()
     for batch in PhotoBatches(list(grounded), cfg.batch_size, cfg.workers, "random weights"):
-        captions = [[ids for ids, _ in grounded[loaded.photo]] for loaded in batch]
+        captions = [[ids for ids, *_ in grounded[loaded.photo]] for loaded in batch]
         for loaded, records in zip(batch, model.attend(batch, captions, {cfg.method} & set(EXTRAS))):
             grid = model.patch_grid(*loaded.image.size)
-            for record, (_, named) in zip(records, grounded[loaded.photo]):
-                units = split_units(record, model.tokenizer, cfg.unit)
-                for name in dict.fromkeys(("last_mean", cfg.method)):
-                    maps = METHODS[name].maps(record, units, (grid.rows, grid.columns))
-                    found = ground(maps, named, [unit.text for unit in units])
-                    table.add(f"random weights, {name}", loaded.stem, found)
+            shape = (grid.rows, grid.columns)
+            for record, (_, units, named) in zip(records, grounded[loaded.photo]):
+                made = {name: METHODS[name].maps(record, units, shape) for name in ("last_mean", cfg.method)}
+                rows = {f"random weights, {name}": maps for name, maps in made.items()}
+                table.add(loaded.stem, rows, named, [unit.text for unit in units])
 
 
 # ------------------------------------------------------------------------------------------- the script
@@ -233,7 +230,7 @@ def main(cfg: Config) -> None:
             grid, masks = model.patch_grid(*loaded.image.size), masks_of(loaded, instances) if instances else {}
             shape = (grid.rows, grid.columns)
             for number, record in enumerate(records):
-                units = split_units(record, model.tokenizer, cfg.unit)
+                units = split_units(record, model.tokenizer)
                 if not units:
                     tqdm.write(f"{loaded.stem}: an empty caption, nothing to draw", file=sys.stderr)
                     continue
@@ -241,9 +238,8 @@ def main(cfg: Config) -> None:
                 named = named_objects(units, masks, grid.box, shape)
                 if named:
                     rows = maps | table.controls(maps[cfg.method], named, shape)
-                    for name, of_row in rows.items():
-                        table.add(name, loaded.stem, ground(of_row, named, [unit.text for unit in units]))
-                    grounded.setdefault(loaded.photo, []).append((record.ids[:-1], named))
+                    table.add(loaded.stem, rows, named, [unit.text for unit in units])
+                    grounded.setdefault(loaded.photo, []).append((record.ids[:-1], units, named))
                 if cfg.pictures and number == 0:
                     objects = {one.name: (one.words, masks[one.name]) for one in named}
                     text, note = model.text(record.ids[:-1]), notes.get(loaded.stem, "")

@@ -165,11 +165,12 @@ class GroundingTable:
         self.seed, self.rng = seed, np.random.default_rng(seed)
         self.parts: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # row -> metric -> photo -> (sum, count)
 
-    def add(self, row: str, photo: str, found: dict[str, tuple[float, ...]]) -> None:
-        """Add one caption's scores by one method, as `ground` gives them."""
-        parts = self.parts.setdefault(row, {metric: {} for metric in METRICS})
-        for metric in METRICS:
-            parts[metric][photo] = parts[metric].get(photo, 0) + np.array(found.get(metric, (0, 0)))
+    def add(self, photo: str, rows: dict[str, np.ndarray], named: Sequence[Named], words: Sequence[str]) -> None:
+        """Add the scores of one caption: its maps (W, P) by row, the objects that it names and its W words."""
+        for row, maps in rows.items():
+            found, parts = ground(maps, named, words), self.parts.setdefault(row, {metric: {} for metric in METRICS})
+            for metric in METRICS:
+                parts[metric][photo] = parts[metric].get(photo, 0) + np.array(found.get(metric, (0, 0)))
 
     def controls(self, maps: np.ndarray, named: list[Named], grid: tuple[int, int]) -> dict[str, np.ndarray]:
         """Maps (W, P) that do not depend on the word or the photo, and as the upper limit the true masks.
@@ -198,20 +199,19 @@ class GroundingTable:
 
     def summary(self, method: str) -> tuple[dict, str]:
         """All rows with intervals, and `method` less two of them: as plain values, and as a table to read."""
-        scores, rows = self.scores(), {}
+        scores, rows, differences = self.scores(), {}, {}
         lines = [f"{'':28}" + "".join(f"{metric:>25}" for metric in METRICS)]
         for row, by_metric in scores.items():
             rows[row] = {metric: self._with_interval(score) for metric, score in by_metric.items()}
             mark = " *" if row == method else ""
             lines.append(f"{row + mark:28}" + "".join(f"{_to_text(**cell):>25}" for cell in rows[row].values()))
-        others = [row for row in ("last_mean", "centre") if row in scores and row != method]
-        differences = {f"less_{row}": {} for row in others}
-        for (key, found), metric in itertools.product(differences.items(), ("match_at_1", "pair_win", "pointing")):
-            first, second = scores[key.removeprefix("less_")][metric], scores[method][metric]
-            if first.photos:
-                found[metric] = change = paired(first, second, list(first.parts), self.seed)
+        for other, metric in itertools.product(("last_mean", "centre"), ("match_at_1", "pair_win", "pointing")):
+            if other in scores and other != method and scores[other][metric].photos:
+                first, second = scores[other][metric], scores[method][metric]
+                change = paired(first, second, list(first.parts), self.seed)
+                differences.setdefault(f"less_{other}", {})[metric] = change
                 values = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]  p {p:.4f}".format_map(change)
-                lines.append(f"{metric}, {method} {key.replace('_', ' ', 1)}: {values}")
+                lines.append(f"{metric}, {method} less {other}: {values}")
         parts = self.parts[method]
         objects, among_others = (int(sum(parts[name].values())[1]) for name in ("pointing", "match_at_1"))
         counts = {"photos": len(parts["pointing"]), "objects": objects, "objects_among_others": among_others}

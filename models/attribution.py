@@ -1,6 +1,6 @@
 """From an attention record to one map for each word: the report's four methods, and methods that ground better.
 
-All methods work on an `AttentionRecord`; nothing here runs a model. W units (words or tokens), P patches.
+All methods work on an `AttentionRecord`; nothing here runs a model. W units (words), P patches.
 docs/grounding.md says what each method is, where it comes from and what it costs.
 """
 
@@ -22,7 +22,7 @@ SINK = 20.0  # a patch whose median over words is so many times the median patch
 
 @dataclass(frozen=True)
 class Unit:
-    """A word, or a token, of a caption."""
+    """A word of a caption."""
 
     text: str
     tokens: tuple[int, ...]
@@ -33,28 +33,25 @@ class Unit:
     """(L, 3) attention, mean over heads and tokens, to the photo, the caption so far and the first token, by layer."""
 
 
-def split_units(record: AttentionRecord, tokenizer, unit: str = "word") -> list[Unit]:
-    """The words of a caption (sub-words joined, the closing EOS left out), or its tokens, EOS included.
+def split_units(record: AttentionRecord, tokenizer) -> list[Unit]:
+    """The words of a caption, sub-words joined, the closing EOS left out.
 
     Byte-level tokenizers mark the start of a word by `Ġ`, SentencePiece by `▁`; punctuation stands alone.
     """
     groups: list[list[int]] = []
-    if unit == "token":
-        groups = [[place] for place in range(len(record.ids))]
-    else:
-        lone = False  # a mark alone belongs to the piece behind it
-        for place, piece in enumerate(tokenizer.convert_ids_to_tokens(record.ids[:-1])):
-            piece = piece or ""  # an id of the model that the tokenizer does not have
-            bare = re.sub("^[Ġ▁Ċ]+", "", piece)
-            goes_on = bare[:1].isalnum() or bare[:1] == "'" or ord(bare[:1] or " ") > 127
-            if not groups or not (lone or (bare == piece and goes_on)):
-                groups.append([])
-            groups[-1].append(place)
-            lone = not bare
+    lone = False  # a mark alone belongs to the piece behind it
+    for place, piece in enumerate(tokenizer.convert_ids_to_tokens(record.ids[:-1])):
+        piece = piece or ""  # an id of the model that the tokenizer does not have
+        bare = re.sub("^[Ġ▁Ċ]+", "", piece)
+        goes_on = bare[:1].isalnum() or bare[:1] == "'" or ord(bare[:1] or " ") > 127
+        if not groups or not (lone or (bare == piece and goes_on)):
+            groups.append([])
+        groups[-1].append(place)
+        lone = not bare
     units = []
     for group in groups:
         text = tokenizer.decode([record.ids[place] for place in group]).strip()
-        if text or unit == "token":
+        if text:
             probability = float(np.prod(record.probabilities[group]))
             units.append(Unit(text, tuple(group), probability, record.shares[:, group].mean(axis=1)))
     return units

@@ -59,7 +59,7 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-    words = [i for i, unit in enumerate(photo.units) if any(map(str.isalnum, unit.text)) or not unit.text]
+    words = [i for i, unit in enumerate(photo.units) if any(map(str.isalnum, unit.text))]
     words = words or list(range(len(photo.units)))  # a full stop has a map too, but it would only set the scale
     columns = min(6, 1 + len(words))
     rows = -(-(1 + len(words)) // columns)
@@ -81,7 +81,7 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
         axes.imshow(patches, COLOURS, vmin=0, vmax=1, alpha=opacity, **box)
         axes.set(xlim=(0, width), ylim=(height, 0))
         unit = photo.units[i]
-        axes.set_title(f"{unit.text or '(end)'}  p {unit.probability:.2f}", fontsize=9, parse_math=False)
+        axes.set_title(f"{unit.text}  p {unit.probability:.2f}", fontsize=9, parse_math=False)
     # not wrapped by matplotlib, which reads what stands between dollar signs as mathematics when it wraps
     title = textwrap.fill(photo.caption, round(13 * figure.get_figwidth()))
     figure.suptitle(f"{title}\n{photo.note}".strip(), fontsize=10, parse_math=False)
@@ -125,7 +125,7 @@ def page_entry(photo: Drawn) -> dict[str, Any]:
         "grid": [photo.grid.rows, photo.grid.columns],
         "words": [
             {
-                "text": unit.text or "(end)",
+                "text": unit.text,
                 "probability": round(unit.probability, 4),
                 "shares": (100 * unit.shares).round().astype(int).tolist(),
             }

@@ -284,7 +284,7 @@ class Headed(torch.nn.Module):
 # ------------------------------------------------------------------------------------------- words and maps
 
 
-def test_words_are_joined_and_tokens_are_not(model, as_photos):
+def test_sub_words_are_joined_to_words(model, as_photos):
     text = "a red unheard-of box, a box . it's"
     ids = model.ids(text)
     ((record,),) = model.attend(as_photos([Image.effect_noise((64, 64), 80).convert("RGB")]), [[ids]], EXTRAS)
@@ -293,8 +293,6 @@ def test_words_are_joined_and_tokens_are_not(model, as_photos):
     assert sorted(place for word in words for place in word.tokens) == list(range(len(ids)))
     assert words[2].probability == pytest.approx(np.prod(record.probabilities[list(words[2].tokens)]))
     assert all(word.shares.shape == (2, 3) and 0 < word.shares[:, 0].mean() <= 1 for word in words)
-    tokens = split_units(record, model.tokenizer, "token")
-    assert len(tokens) == len(ids) + 1 and tokens[-1].tokens == (len(ids),)  # the closing end token is drawn
     grid = (int(record.mean.shape[2] ** 0.5),) * 2
     for method in METHODS.values():
         maps = method.maps(record, words, grid)
@@ -405,8 +403,8 @@ def test_maps_that_know_nothing_score_at_chance_and_the_truth_scores_one():
             cover[2 * (box // 4) : 2 * (box // 4) + 2, 2 * (box % 4) : 2 * (box % 4) + 2] = 1
             covers.append(cover.reshape(-1))
         named = [Named("one", (1,), covers[0]), Named("two", (3, 4), covers[1])]
-        for row, maps in table.controls(rng.random((6, 64)), named, grid).items():
-            table.add(row, str(photo), ground(maps, named, ["a", "dog", "the", "red", "dog", "."]))
+        controls = table.controls(rng.random((6, 64)), named, grid)
+        table.add(str(photo), controls, named, ["a", "dog", "the", "red", "dog", "."])
     scores = table.scores()
     truth = scores["ground truth on the grid"]
     assert {truth[metric].corpus for metric in METRICS if metric != "lift"} == {1.0}
@@ -440,11 +438,11 @@ def test_overlap_at_otsus_threshold_and_function_words_that_are_quiet():
     named = [Named("dog", (1,), np.array([1.0, 0, 0, 0]))]
     maps = np.array([[2.0, 0, 0, 0], [4, 3, 1, 0], [9, 9, 9, 9]])
     table = GroundingTable()
-    table.add("by hand", "photo", ground(maps, named, ["The", "dog", "runs"]))
+    table.add("photo", {"by hand": maps}, named, ["The", "dog", "runs"])
     scores = table.scores()["by hand"]
     assert scores["obj_iou"].corpus == 0.5 and scores["f1_iou"].corpus == pytest.approx(2 * 0.5 * 0.75 / 1.25)
-    flat = ground(np.ones((1, 4)), [Named("dog", (0,), named[0].cover)], ["dog"])  # nothing is above
-    table.add("by hand", "other", flat)
+    flat = np.ones((1, 4))  # nothing is above
+    table.add("other", {"by hand": flat}, [Named("dog", (0,), named[0].cover)], ["dog"])
     scores = table.scores()["by hand"]
     assert scores["obj_iou"].corpus == 0.25 and scores["f1_iou"].corpus == pytest.approx(2 * 0.25 * 0.75 / 1.0)
 
