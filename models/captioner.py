@@ -111,8 +111,8 @@ class Captioner(nn.Module):
         caches = [prefill(lm.base_model, inputs_embeds=part) for part in parts]
         # `generate` takes ids for all positions; those of the image are not read, since the cache holds them
         ids = torch.full((len(prefix), prefix.shape[1] + 1), eos, device=prefix.device)
-        mask = torch.ones_like(ids)
-        drawn = generate_all(lm, caches, ids, mask, with_candidates(decodings, seeds), eos, eos, ids.shape[1])
+        draws = with_candidates(decodings, seeds)
+        drawn = generate_all(lm, caches, ids, draws, [eos], hidden=ids.shape[1], attention_mask=torch.ones_like(ids))
         return choose_candidates(drawn, decodings, self.text, self.frequencies)
 
     @torch.no_grad()

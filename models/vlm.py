@@ -57,10 +57,9 @@ class VisionLanguageModel(nn.Module):
         self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
         self.tokenizer.padding_side = "left"  # generation goes on at the right end of each row
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.pad = self.tokenizer.pad_token_id
         template = getattr(processor, "chat_template", None)
-        eos = model.generation_config.eos_token_id
-        self.eos = self.tokenizer.eos_token_id if eos is None else eos  # one, or several
+        eos = model.generation_config.eos_token_id  # one, several or none
+        self.eos = eos if isinstance(eos, list) else [self.tokenizer.eos_token_id if eos is None else eos]
         # a user's settings decide alone, whatever penalties the model's authors set
         model.generation_config.update(repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0)
         self.fit, self.family, text = fit, model.config.model_type, model.config.get_text_config()
@@ -103,17 +102,15 @@ class VisionLanguageModel(nn.Module):
         self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
     ) -> dict[str, list[list[int]]]:
         """Token ids of B captions for each decoding; see `models.interface`."""
-        inputs, ends = self.inputs(photos), (self.eos, self.pad)
-        draws = with_candidates(decodings, seeds)
+        inputs, draws = self.inputs(photos), with_candidates(decodings, seeds)
         if self.placed:
             cache, _, positions = self._prefill(inputs)
-            rows = {}
+            rows = {"attention_mask": inputs["attention_mask"]}
             if positions.ndim == 3:  # `generate` counts the other kind by itself
                 rows["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
-            prompt = [cache], inputs["input_ids"], inputs["attention_mask"]
-            drawn = generate_all(self.model, *prompt, draws, *ends, **rows)
+            drawn = generate_all(self.model, [cache], inputs["input_ids"], draws, self.eos, **rows)
         else:
-            drawn = {name: generate_plainly(self.model, inputs, *draw, *ends) for name, draw in draws.items()}
+            drawn = {name: generate_plainly(self.model, inputs, *draw, self.eos) for name, draw in draws.items()}
         return choose_candidates(drawn, decodings, self.text)
 
     @torch.no_grad()
@@ -158,7 +155,8 @@ class VisionLanguageModel(nn.Module):
         """Inputs of B prompts, and captions (B, T) behind them."""
         prompt, image = inputs["input_ids"].shape, self.model.config.image_token_id
         kinds = torch.full_like(captions, self.family == "paligemma")  # there all of kind 0, the prompt, see each other
-        more = {"input_ids": captions.where(captions != image, self.pad), "attention_mask": torch.ones_like(captions)}
+        words = captions.where(captions != image, self.eos[0])  # or the photo would not fit the places for it
+        more = {"input_ids": words, "attention_mask": torch.ones_like(captions)}
         for name, value in inputs.items():  # ids, mask and token types, but no pixels
             if value.shape == prompt:
                 inputs[name] = torch.cat([value, more.get(name, kinds)], dim=1)
