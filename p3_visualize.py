@@ -34,7 +34,7 @@ from models.attribution import CHEAP, METHODS, Unit, split_units
 from models.checkpoint import load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 from models.interface import CaptionModel
-from models.vlm import PROMPT, Fit, Quantize, check_model, load_vlm
+from models.vlm import PROMPT, Fit, Quantize, load_vlm
 from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
 
 Grounded = dict[Photo, list[tuple[list[int], list[Unit], list[Named]]]]  # a photo's captions, with what each names
@@ -90,7 +90,7 @@ class Config(CommonSettings):
 
 def check_settings(cfg: Config) -> None:
     """Raise a UserError for what is wrong with the settings alone."""
-    problems = check_decoding("decoding", cfg.decoding) + (check_model(cfg.model) if cfg.model else [])
+    problems = check_decoding("decoding", cfg.decoding)
     if (cfg.checkpoint is None) == (cfg.model is None):
         problems.append("checkpoint: expected either checkpoint or model, got " + ("both" if cfg.model else "neither"))
     if (cfg.quantize, cfg.fit) != ("none", "processor") and not cfg.model:

@@ -192,13 +192,6 @@ class VisionLanguageModel(nn.Module):
         randomize(self.model)
 
 
-def check_model(model: str) -> list[str]:
-    """What can be seen to be wrong with a model's name before anything loads."""
-    if means_folder(model) and not (Path(model) / "config.json").is_file():
-        return [f"model: {Path(model)}: expected a hub id or a model folder, found no config.json in it"]
-    return []
-
-
 def load_vlm(
     model: str, prompt: str, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none",
     fit: Fit = "processor",
@@ -210,6 +203,8 @@ def load_vlm(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+    if means_folder(model) and not (Path(model) / "config.json").is_file():
+        raise UserError(f"model: {Path(model)}: expected a hub id or a model folder, found no config.json in it")
     options = {"dtype": dtype, "device_map": {"": device}}  # straight there: 7B need not pass through the CPU's memory
     if quantize != "none":
         bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype} if quantize == "4bit" else {"load_in_8bit": True}
