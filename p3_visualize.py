@@ -28,7 +28,6 @@ from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.photos import LoadedPhoto, Photo, PhotoBatches
 from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named
-from metrics.object_words import phrases
 from models.attention import EXTRAS
 from models.attribution import CHEAP, METHODS, Unit, split_units
 from models.checkpoint import load_captioner
@@ -155,13 +154,6 @@ def masks_of(loaded: LoadedPhoto, instances: Instances) -> dict[str, np.ndarray]
     return {}
 
 
-def named_objects(units: list[Unit], masks: dict[str, np.ndarray], box: tuple, shape: tuple[int, int]) -> list[Named]:
-    """The objects that a caption names, that are in its photo and that the model saw."""
-    places = find_named([unit.text for unit in units], {name: phrases(name) for name in masks})
-    named = [Named(name, words, cover_on_grid(masks[name], box, shape)) for name, words in places]
-    return [one for one in named if one.cover.max() > 0]
-
-
 # ------------------------------------------------------------------------------------------- the control
 
 
@@ -229,16 +221,17 @@ def main(cfg: Config) -> None:
         for loaded, records in zip(batch, model.attend(batch, captions, set(names) & set(EXTRAS))):
             grid, masks = model.patch_grid(*loaded.image.size), masks_of(loaded, instances) if instances else {}
             shape = (grid.rows, grid.columns)
+            covers = {name: cover_on_grid(mask, grid.box, shape) for name, mask in masks.items()}
             for number, record in enumerate(records):
                 units = split_units(record, model.tokenizer)
                 if not units:
                     tqdm.write(f"{loaded.stem}: an empty caption, nothing to draw", file=sys.stderr)
                     continue
                 maps = {name: METHODS[name].maps(record, units, shape) for name in names}
-                named = named_objects(units, masks, grid.box, shape)
+                words = [unit.text for unit in units]
+                named = find_named(words, covers)
                 if named:
-                    rows = maps | table.controls(maps[cfg.method], named, shape)
-                    table.add(loaded.stem, rows, named, [unit.text for unit in units])
+                    table.add(loaded.stem, maps | table.controls(maps[cfg.method], named, shape), named, words)
                     grounded.setdefault(loaded.photo, []).append((record.ids[:-1], units, named))
                 if cfg.pictures and number == 0:
                     objects = {one.name: (one.words, masks[one.name]) for one in named}

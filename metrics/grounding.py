@@ -13,11 +13,12 @@ obj_iou, f1_iou       as in TAM (Li et al. 2025): the overlap (intersection over
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from metrics.object_words import phrases
 from metrics.statistics import Score, interval, paired, ratio
 
 METRICS = tuple("match_at_1 pair_win pointing energy lift auroc obj_iou f1_iou".split())
@@ -36,20 +37,21 @@ class Named:
     """(P) share of each patch that the object covers, from 0 to 1."""
 
 
-def find_named(words: Sequence[str], names: dict[str, Iterable[str]]) -> list[tuple[str, tuple[int, ...]]]:
-    """(object, indices of its words) for each object of `names` {object: phrases} that the words name, once each.
+def find_named(words: Sequence[str], covers: dict[str, np.ndarray]) -> list[Named]:
+    """The objects of `covers` {object: (P) share of each patch} that the words name and the model saw, once each.
 
-    >>> find_named(["A", "red", "circle", "by", "2", "Dogs."], {"dog": ["dog", "dogs"], "red circle": ["red circle"]})
+    >>> covers = dict.fromkeys(["dog", "red circle"], np.ones(4))
+    >>> [(one.name, one.words) for one in find_named(["A", "red", "circle", "by", "2", "Dogs."], covers)]
     [('dog', (5,)), ('red circle', (1, 2))]
     """
     bare = [re.sub(r"^\W+|\W+$", "", word.lower()) for word in words]
     places: dict[str, list[tuple[int, ...]]] = {}
-    for name, phrases in names.items():
-        for phrase in map(str.split, phrases):
+    for name in covers:
+        for phrase in map(str.split, phrases(name)):
             for start in range(len(bare) - len(phrase) + 1):
                 if bare[start : start + len(phrase)] == phrase:
                     places.setdefault(name, []).append(tuple(range(start, start + len(phrase))))
-    return [(name, min(of_object)) for name, of_object in places.items()]
+    return [Named(name, min(of_object), covers[name]) for name, of_object in places.items() if covers[name].any()]
 
 
 def cover_on_grid(mask: np.ndarray, box: tuple[float, float, float, float], grid: tuple[int, int]) -> np.ndarray:

@@ -62,18 +62,9 @@ def joined(rows: np.ndarray, units: Sequence[Unit]) -> np.ndarray:
     return np.stack([rows[..., list(unit.tokens), :].max(axis=-2) for unit in units], axis=-2)
 
 
-def band(layers: int) -> slice:
-    """The middle layers.
-
-    >>> band(32), band(4), band(1)
-    (slice(12, 20, None), slice(1, 3, None), slice(0, 1, None))
-    """
-    first = int(BAND[0] * layers)
-    return slice(first, max(first + 1, int(np.ceil(BAND[1] * layers))))
-
-
 def _mid(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]) -> np.ndarray:
-    return joined(record.mean[band(len(record.mean))], units).mean(axis=0)
+    first, end = int(BAND[0] * len(record.mean)), int(np.ceil(BAND[1] * len(record.mean)))
+    return joined(record.mean[first : max(first + 1, end)], units).mean(axis=0)  # one layer at least
 
 
 def against_others(maps: np.ndarray) -> np.ndarray:

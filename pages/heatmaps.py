@@ -1,7 +1,7 @@
 """Heatmaps of captions: a PNG for each photo, with a tile for each word, and one HTML page of all photos."""
 
-import base64
 import textwrap
+from base64 import b64encode
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,7 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
         box = {"extent": (left, right, bottom, top), "interpolation": "bilinear"}
         axes.imshow(patches, COLOURS, vmin=0, vmax=1, alpha=opacity, **box)
         axes.set(xlim=(0, width), ylim=(height, 0))
-        unit = photo.units[i]
-        axes.set_title(f"{unit.text}  p {unit.probability:.2f}", fontsize=9, parse_math=False)
+        axes.set_title(f"{photo.units[i].text}  p {photo.units[i].probability:.2f}", fontsize=9, parse_math=False)
     # not wrapped by matplotlib, which reads what stands between dollar signs as mathematics when it wraps
     title = textwrap.fill(photo.caption, round(13 * figure.get_figwidth()))
     figure.suptitle(f"{title}\n{photo.note}".strip(), fontsize=10, parse_math=False)
@@ -113,8 +112,9 @@ def write_heatmap_page(entries: list[dict[str, Any]], method: str, title: str, f
 
 
 def page_entry(photo: Drawn) -> dict[str, Any]:
-    """What the page holds of a photo, all of it small; `size` and `box` are in the photo's own pixels."""
+    """What the page holds of a photo, all of it small: `maps` as bytes, `size` and `box` in the photo's own pixels."""
     small = _small(photo.image)
+    maps = {name: (255 * shown(values)).round().astype(np.uint8) for name, values in photo.maps.items()}
     return {
         "stem": photo.stem,
         "note": photo.note,
@@ -131,17 +131,12 @@ def page_entry(photo: Drawn) -> dict[str, Any]:
             }
             for unit in photo.units
         ],
-        "maps": {method: _bytes(shown(maps)) for method, maps in photo.maps.items()},
+        "maps": {name: b64encode(values).decode() for name, values in maps.items()},
         "objects": [
             {"name": name, "words": words, "outline": _outline(mask, small.size)}
             for name, (words, mask) in photo.objects.items()
         ],
     }
-
-
-def _bytes(values: np.ndarray) -> str:
-    """Values from 0 to 1 as bytes, in base64."""
-    return base64.b64encode((255 * values).round().astype(np.uint8).tobytes()).decode()
 
 
 def _outline(mask: np.ndarray, size: tuple[int, int]) -> str:

@@ -448,8 +448,7 @@ def test_overlap_at_otsus_threshold_and_function_words_that_are_quiet():
 
 
 def test_objects_are_found_once_and_as_whole_phrases():
-    names = {"hot dog": ["hot dog"], "dog": ["dog"], "person": ["man", "men"]}
-    assert find_named("a man eats a hot dog , a man".split(), names) == [
-        ("hot dog", (4, 5)), ("dog", (5,)), ("person", (1,)),
-    ]  # fmt: skip
-    assert find_named(["dogged"], names) == []
+    covers = dict.fromkeys(["hot dog", "dog", "person"], np.ones(4)) | {"bus": np.zeros(4)}
+    found = find_named("a man eats a hot dog in a bus , a man".split(), covers)  # the model does not see the bus
+    assert [(one.name, one.words) for one in found] == [("hot dog", (4, 5)), ("dog", (5,)), ("person", (1,))]
+    assert find_named(["dogged"], covers) == []
