@@ -133,7 +133,7 @@ def _heads(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]
     A head looks at the photo if its share of attention there is above the mean head's. Its maps are sharp if their
     entropy is low, on the mean of all words.
     """
-    maps = joined(record.heads, units).reshape(-1, len(units), record.lens.shape[1])  # (L x H, W, P)
+    maps = joined(record.extra["heads"], units).reshape(-1, len(units), record.lens.shape[1])  # (L x H, W, P)
     mass = maps.sum(axis=(1, 2))
     looking = maps[mass >= mass.mean()]
     share = looking / np.maximum(looking.sum(axis=2, keepdims=True), 1e-12)
@@ -167,9 +167,9 @@ METHODS = {
     "demean": Method("attention", "middle layers, less the mean of all words", lambda *its: _demeaned(_mid(*its))),
     "rel": Method("attention", "all layers, compared with the caption's other words", _rel),
     "heads": Method("attention", "the three heads with the sharpest maps", _heads),
-    "rollout": Method("attention", "attention times attention, all layers", _of_tokens(lambda record: record.rollout)),
-    "gradcam": Method("gradient", "last layer's input x gradient", _of_tokens(lambda record: record.gradcam)),
-    "relevancy": Method("gradient", "attention x gradient, all layers", _of_tokens(lambda record: record.relevancy)),
+    "rollout": Method("attention", "attention times attention, all layers", _of_tokens(lambda it: it.extra["rollout"])),
+    "gradcam": Method("gradient", "last layer's input x gradient", _of_tokens(lambda it: it.extra["gradcam"])),
+    "relevancy": Method("gradient", "attention x gradient, all layers", _of_tokens(lambda it: it.extra["relevancy"])),
     "lens": Method("logit", "the word's logit at each patch, less the mean of all words", _lens),
     "tam": Method("logit", "the word's logit at each patch, less what the words before explain", _tam),
     "fuse": Method("attention and logit", "rel and lens together", _fuse),

@@ -1,7 +1,7 @@
 """Vision-language models of transformers: zero-shot captions, several decodings from one prefill, attention records.
 
 LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744) is the one of the published report. The photos are encoded and the prompt
-is prefilled once; all decodings and all captions that are looked into go on from that cache of keys and values.
+is prefilled once; all decodings go on from that cache of keys and values.
 docs/grounding.md lists the families of models.
 """
 
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache
 
 from common.config import UserError
@@ -83,20 +82,6 @@ class VisionLanguageModel(nn.Module):
         inputs.pop("labels", None)  # PaliGemma's, for training
         return dict(inputs.to(self.model.device, self.model.dtype))
 
-    def _prefill(self, inputs: dict[str, Tensor]) -> tuple[DynamicCache, Tensor, Tensor]:
-        """Keys and values of all but the prompt's last token, by which captions begin; every layer keeps all of them.
-
-        Also final states (B, L - 1, D) and positions (B, L - 1), or (3 or 4, B, L - 1) where image tokens have rows
-        and columns. `generate` prepares what differs between families: positions, masks, token types. It reads the last
-        token too, since in PaliGemma all tokens of a prompt see each other.
-        """
-        cache, seen = DynamicCache(), []
-        with self.model.get_decoder().register_forward_hook(lambda *call: seen.extend(call[2:]), with_kwargs=True):
-            self.model.generate(**inputs, **ONE_PASS, **{CACHE: cache})
-        cache.crop(-1)
-        kwargs, output = seen
-        return cache, output.last_hidden_state[:, :-1], kwargs["position_ids"][..., :-1]
-
     @torch.inference_mode()
     def generate(
         self, photos: Sequence[LoadedPhoto], decodings: dict[str, Decoding], seeds: dict[str, Sequence[int]]
@@ -104,10 +89,15 @@ class VisionLanguageModel(nn.Module):
         """Token ids of B captions for each decoding; see `models.interface`."""
         inputs, draws = self.inputs(photos), with_candidates(decodings, seeds)
         if self.placed:
-            cache, _, positions = self._prefill(inputs)
-            rows = {"attention_mask": inputs["attention_mask"]}
-            if positions.ndim == 3:  # `generate` counts the other kind by itself
-                rows["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+            # `generate` prepares what differs between families: positions, masks, token types. It reads the prompt's
+            # last token too, by which captions begin, since in PaliGemma all tokens of a prompt see each other
+            cache, calls = DynamicCache(), []  # every layer of this cache keeps all tokens
+            with self.model.get_decoder().register_forward_hook(lambda *call: calls.append(call[2]), with_kwargs=True):
+                self.model.generate(**inputs, **ONE_PASS, **{CACHE: cache})
+            cache.crop(-1)
+            rows, positions = {"attention_mask": inputs["attention_mask"]}, calls[0]["position_ids"]
+            if positions.ndim == 3:  # image tokens have rows and columns; `generate` counts the other kind by itself
+                rows["position_ids"] = positions
             drawn = generate_all(self.model, [cache], inputs["input_ids"], draws, self.eos, **rows)
         else:
             drawn = {name: generate_plainly(self.model, inputs, *draw, self.eos) for name, draw in draws.items()}
@@ -117,38 +107,26 @@ class VisionLanguageModel(nn.Module):
     def attend(
         self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]], extra: Collection[str] = ()
     ) -> list[list[AttentionRecord]]:
-        """What each token of each of a photo's captions attended to, the closing EOS last."""
-        flat = [list(caption) for own in captions for caption in own]
-        owner = [b for b, own in enumerate(captions) for _ in own]  # each caption goes on from its own photo's prompt
-        if extra:  # one pass over photo, prompt and caption
-            photos, owner = [photos[b] for b in owner], range(len(flat))
-        inputs, decoder = self.inputs(photos), self.model.get_decoder()
-        owner = torch.tensor(owner, device=self.model.device)
-        prompt, shares = inputs["input_ids"], [grid_of(self.patch_boxes(*photo.image.size))[1] for photo in photos]
+        """What each token of each of a photo's captions attended to, the closing EOS last.
+
+        Each caption is read in a row of its own, behind its photo and the prompt.
+        """
+        flat = [[caption] for own in captions for caption in own]
+        photos = [photo for photo, own in zip(photos, captions) for _ in own]
+        inputs = self.inputs(photos)
+        prompt = inputs["input_ids"]
         places = [(row == self.model.config.image_token_id).nonzero()[:, 0] for row in prompt]
         columns = nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)  # (B, P) of the most tokens
         columns = columns.where(columns >= 0, columns[:, :1])
-        rows = [torch.tensor([prompt[0, -1], *caption]) for caption in flat]  # all prompts end alike
         # what fills up shorter captions lies behind them, where they do not see it
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(prompt[0, -1])).to(prompt.device)
-        steps = torch.arange(ids.shape[1], device=ids.device).expand(len(flat), -1)
-        if extra:
-            rows = steps + prompt.shape[1] - 1
-            with record_attention(decoder, rows, columns, extra) as recorder:
-                self.model.generate(**self._with_captions(inputs, ids[:, 1:]), **ONE_PASS)
-            states = recorder.out.last_hidden_state
-        else:
-            cache, states, positions = self._prefill(inputs)
-            cache.batch_select_indices(owner)
-            mask = F.pad(inputs["attention_mask"][owner, :-1], (0, ids.shape[1]), value=1)
-            places = positions[..., owner, -1:] + 1 + steps
-            with record_attention(decoder, steps, columns[owner]) as recorder:
-                decoder(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **{CACHE: cache})
-        patches = states[owner[:, None], columns[owner]]
-        closed = [[[*caption, self.tokenizer.eos_token_id]] for caption in flat]
-        states, head = recorder.out.last_hidden_state[:, -ids.shape[1] :], self.model.get_output_embeddings()
-        found = read_records(recorder, states, patches, head, closed)
-        records = (on_grid(record, shares[b]) for b, (record,) in zip(owner, found))
+        words = [torch.tensor(caption, dtype=torch.long, device=prompt.device) for (caption,) in flat]
+        words = nn.utils.rnn.pad_sequence(words, batch_first=True, padding_value=self.eos[0])
+        rows = (prompt.shape[1] - 1 + torch.arange(words.shape[1] + 1, device=prompt.device)).expand(len(flat), -1)
+        with record_attention(self.model.get_decoder(), rows, columns, extra) as recorder:
+            self.model.generate(**self._with_captions(inputs, words), **ONE_PASS)
+        found = read_records(recorder, self.model.get_output_embeddings(), flat, self.tokenizer.eos_token_id)
+        shares = [grid_of(self.patch_boxes(*photo.image.size))[1] for photo in photos]
+        records = (on_grid(record, share) for (record,), share in zip(found, shares))
         return [[next(records) for _ in own] for own in captions]
 
     def _with_captions(self, inputs: dict[str, Tensor], captions: Tensor) -> dict[str, Tensor]:
