@@ -25,7 +25,7 @@ from data.annotations import find_photos
 from data.journal import Journal
 from data.photos import PhotoBatches
 from models.decoding import PRESETS, Decoding, check_decoding, photo_seed
-from models.vlm import PROMPT, Fit, Quantize, check_model, load_vlm
+from models.vlm import PROMPT, Fit, Quantize, load_vlm
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Config(CommonSettings):
 
 def check_settings(cfg: Config) -> None:
     """Raise a UserError for what is wrong with the settings alone."""
-    problems = check_model(cfg.model) + check_decoding("own", cfg.own)
+    problems = check_decoding("own", cfg.own)
     if cfg.own != Decoding() and "own" not in cfg.decoding:
         problems.append("own: these settings are of the decoding `own`, not chosen; expected own in decoding")
     check(problems)

@@ -32,18 +32,17 @@ from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.journal import PhotoRows
 from data.photos import LoadedPhoto, Photo, PhotoBatches
-from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named, ground
-from metrics.object_words import phrases
+from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named
 from models.attention import EXTRAS
 from models.attribution import CHEAP, METHODS, Unit, split_units
 from models.checkpoint import find_checkpoint, load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 from models.interface import CaptionModel
-from models.vlm import PROMPT, Fit, Quantize, check_model, load_vlm
+from models.vlm import PROMPT, Fit, Quantize, load_vlm
 from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
 
 UNFINISHED = "unfinished.jsonl"  # in the output folder, until all is done
-Grounded = dict[Photo, list[tuple[list[int], list[Named]]]]  # a photo's captions, and the objects that each names
+Grounded = dict[Photo, list[tuple[list[int], list[Unit], list[Named]]]]  # a photo's captions, with what each names
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,6 @@ class Config(CommonSettings):
     """Method of the PNGs, and the first one on the page; docs/grounding.md says what each is and how well it does."""
     methods: list[Literal[tuple(METHODS)]] = field(default_factory=lambda: list(CHEAP))
     """Methods of the page and of the scores; heads, rollout, gradcam and relevancy cost more than the others."""
-    unit: Literal["word", "token"] = "word"
-    """word joins sub-words; token shows them apart, the closing end token included."""
     scores: Path | None = None
     """Scores of evaluate.py (the first run's, of several), by which the best and the worst photos are taken."""
     by: str = "clipscore"
@@ -100,13 +97,13 @@ class Config(CommonSettings):
 
 def check_settings(cfg: Config) -> None:
     """Raise a UserError for what is wrong with the settings alone."""
-    problems = check_decoding("decoding", cfg.decoding) + (check_model(cfg.model) if cfg.model else [])
+    problems = check_decoding("decoding", cfg.decoding)
     if (cfg.checkpoint is None) == (cfg.model is None):
         problems.append("checkpoint: expected either checkpoint or model, got " + ("both" if cfg.model else "neither"))
     if (cfg.quantize, cfg.fit) != ("none", "processor") and not cfg.model:
         problems.append("quantize, fit: these settings are of a vision-language model; expected model with them")
-    if cfg.instances and (cfg.quantize != "none" or cfg.unit == "token"):
-        problems.append("instances: grounding is of words and redraws weights; expected unit word and quantize none")
+    if cfg.instances and cfg.quantize != "none":
+        problems.append("instances: a control of grounding redraws the weights; expected quantize none with it")
     if not cfg.pictures and not cfg.instances:
         problems.append("pictures: false leaves the grounding scores alone to be done; expected instances with it")
     replace = cfg.overwrite or (cfg.output / UNFINISHED).exists()
@@ -171,13 +168,6 @@ def masks_of(loaded: LoadedPhoto, instances: Instances) -> dict[str, np.ndarray]
     return {}
 
 
-def named_objects(units: list[Unit], masks: dict[str, np.ndarray], box: tuple, shape: tuple[int, int]) -> list[Named]:
-    """The objects that a caption names, that are in its photo and that the model saw."""
-    places = find_named([unit.text for unit in units], {name: phrases(name) for name in masks})
-    named = [Named(name, words, cover_on_grid(masks[name], box, shape)) for name, words in places]
-    return [one for one in named if one.cover.max() > 0]
-
-
 # ------------------------------------------------------------------------------------------- the control
 
 
@@ -186,15 +176,14 @@ def measure_random_weights(model: CaptionModel, grounded: Grounded, table: Groun
     torch.manual_seed(cfg.seed)
     model.randomize()
     for batch in PhotoBatches(list(grounded), cfg.batch_size, cfg.workers, "random weights"):
-        captions = [[ids for ids, _ in grounded[loaded.photo]] for loaded in batch]
+        captions = [[ids for ids, *_ in grounded[loaded.photo]] for loaded in batch]
         for loaded, records in zip(batch, model.attend(batch, captions, {cfg.method} & set(EXTRAS))):
             grid = model.patch_grid(*loaded.image.size)
-            for record, (_, named) in zip(records, grounded[loaded.photo]):
-                units = split_units(record, model.tokenizer, cfg.unit)
-                for name in dict.fromkeys(("last_mean", cfg.method)):
-                    maps = METHODS[name].maps(record, units, (grid.rows, grid.columns))
-                    found = ground(maps, named, [unit.text for unit in units])
-                    table.add(f"random weights, {name}", loaded.stem, found)
+            shape = (grid.rows, grid.columns)
+            for record, (_, units, named) in zip(records, grounded[loaded.photo]):
+                made = {name: METHODS[name].maps(record, units, shape) for name in ("last_mean", cfg.method)}
+                rows = {f"random weights, {name}": maps for name, maps in made.items()}
+                table.add(loaded.stem, rows, named, [unit.text for unit in units])
 
 
 # ------------------------------------------------------------------------------------------- the script
@@ -252,18 +241,18 @@ def main(cfg: Config) -> None:
         for loaded, records in zip(batch, model.attend(batch, captions, set(names) & set(EXTRAS))):
             grid, masks = model.patch_grid(*loaded.image.size), masks_of(loaded, instances) if instances else {}
             shape = (grid.rows, grid.columns)
+            covers = {name: cover_on_grid(mask, grid.box, shape) for name, mask in masks.items()}
             for number, record in enumerate(records):
-                units = split_units(record, model.tokenizer, cfg.unit)
+                units = split_units(record, model.tokenizer)
                 if not units:
                     tqdm.write(f"{loaded.stem}: an empty caption, nothing to draw", file=sys.stderr)
                     continue
                 maps = {name: METHODS[name].maps(record, units, shape) for name in names}
-                named = named_objects(units, masks, grid.box, shape)
+                words = [unit.text for unit in units]
+                named = find_named(words, covers)
                 if named:
-                    controls = table.controls(maps[cfg.method], named, shape)
-                    for name, of_row in (maps | controls).items():
-                        table.add(name, loaded.stem, ground(of_row, named, [unit.text for unit in units]))
-                    grounded.setdefault(loaded.photo, []).append((record.ids[:-1], named))
+                    table.add(loaded.stem, maps | table.controls(maps[cfg.method], named, shape), named, words)
+                    grounded.setdefault(loaded.photo, []).append((record.ids[:-1], units, named))
                 if cfg.pictures and number == 0:
                     objects = {one.name: (one.words, masks[one.name]) for one in named}
                     text, note = model.text(record.ids[:-1]), notes.get(loaded.stem, "")

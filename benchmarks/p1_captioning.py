@@ -50,7 +50,7 @@ def plain(vlm: VisionLanguageModel, photos: list[LoadedPhoto], seeds: Seeds) -> 
         captions[name] = []
         for photo, seed in zip(photos, seeds[name]):
             inputs = processor(images=photo.image, text=vlm.prompt, return_tensors="pt").to(model.device, model.dtype)
-            inputs |= {"generation_config": generation_config(decoding, vlm.eos, vlm.tokenizer.pad_token_id)}
+            inputs |= {"generation_config": generation_config(decoding, vlm.eos)}
             ids = model.generate(**inputs, logits_processor=processors(decoding, [seed], inputs["input_ids"], vlm.eos))
             captions[name] += until_eos(ids[:, inputs["input_ids"].shape[1] :], vlm.eos)
     return captions

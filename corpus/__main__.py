@@ -27,7 +27,8 @@ from data.annotations import find_photos
 from data.photos import PHOTO_SUFFIXES, Photo, PhotoBatches, first_of
 from models.checkpoint import check_checkpoint, find_checkpoint, load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
-from models.vlm import PROMPT, check_model, load_vlm
+from models.hub import means_folder
+from models.vlm import PROMPT, load_vlm
 
 SETTINGS = "settings.json"
 MADE_WITH = ("checkpoint", "model", "prompt", "decoding", "form", "precision", "seed")  # a restart may not change them
@@ -126,7 +127,9 @@ def read_sample(sample: dict) -> dict:
 
 def prepare(cfg: Config) -> None:
     """Check the settings, and keep the output folder for this run. Raises UserError."""
-    problems = check_decoding("decoding", cfg.decoding) + (check_model(cfg.model) if cfg.model else [])
+    problems = check_decoding("decoding", cfg.decoding)
+    if cfg.model and means_folder(cfg.model) and not (Path(cfg.model) / "config.json").is_file():
+        problems.append(f"model: {cfg.model}: expected a hub id or a model folder, found no config.json in it")
     if (cfg.checkpoint is None) == (cfg.model is None):
         problems.append("checkpoint: expected either checkpoint or model")
     check(problems + folder_problems(cfg.output, True, "", marker=SETTINGS))

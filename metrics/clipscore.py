@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.config import NothingDone, UserError
+from common.config import NothingDone
 from common.device import module_hash
-from models.hub import loading, refuse_code
+from models.hub import check_open_clip, loading
 
 WEIGHT = 2.5
 
@@ -39,19 +39,14 @@ def load_clip(name: str = "ViT-B-32-quickgelu", pretrained: str = "openai", devi
     """
     import open_clip
 
-    tag = open_clip.get_pretrained_cfg(name, pretrained)  # none of a file, and of what brings its own weights
-    # open_clip only warns here; it would then run the right weights with the wrong activation
-    if tag and tag.get("quick_gelu", False) != (quick := open_clip.get_model_config(name).get("quick_gelu", False)):
-        right = name.removesuffix("-quickgelu") if quick else name + "-quickgelu"
-        raise UserError(f"clip_model: {pretrained!r} was trained with another activation than {name}; expected {right}")
     label = name if name.startswith(("local-dir:", "hf-hub:")) else f"{name}/{pretrained}"
-    local = not tag and not name.startswith("hf-hub:")
+    # a file, or what brings its own weights, is no tag
+    local = not open_clip.get_pretrained_cfg(name, pretrained) and not name.startswith("hf-hub:")
     with loading(f"clip_model: {label} could not be loaded", local, NothingDone):
-        architecture = open_clip.get_model_config(name)
-        refuse_code(f"clip_model: {name}", architecture)
+        check_open_clip("clip_model", name, pretrained)
         model, transform = open_clip.create_model_from_pretrained(name, pretrained, "fp32", device)
         tokenizer = open_clip.get_tokenizer(name)
-    return Clip(model.eval(), transform, tokenizer, torch.device(device), architecture)
+    return Clip(model.eval(), transform, tokenizer, torch.device(device), open_clip.get_model_config(name))
 
 
 @torch.inference_mode()

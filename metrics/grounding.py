@@ -13,11 +13,12 @@ obj_iou, f1_iou       as in TAM (Li et al. 2025): the overlap (intersection over
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from metrics.object_words import phrases
 from metrics.statistics import Score, interval, paired, ratio
 
 METRICS = tuple("match_at_1 pair_win pointing energy lift auroc obj_iou f1_iou".split())
@@ -36,20 +37,21 @@ class Named:
     """(P) share of each patch that the object covers, from 0 to 1."""
 
 
-def find_named(words: Sequence[str], names: dict[str, Iterable[str]]) -> list[tuple[str, tuple[int, ...]]]:
-    """(object, indices of its words) for each object of `names` {object: phrases} that the words name, once each.
+def find_named(words: Sequence[str], covers: dict[str, np.ndarray]) -> list[Named]:
+    """The objects of `covers` {object: (P) share of each patch} that the words name and the model saw, once each.
 
-    >>> find_named(["A", "red", "circle", "by", "2", "Dogs."], {"dog": ["dog", "dogs"], "red circle": ["red circle"]})
+    >>> covers = dict.fromkeys(["dog", "red circle"], np.ones(4))
+    >>> [(one.name, one.words) for one in find_named(["A", "red", "circle", "by", "2", "Dogs."], covers)]
     [('dog', (5,)), ('red circle', (1, 2))]
     """
     bare = [re.sub(r"^\W+|\W+$", "", word.lower()) for word in words]
     places: dict[str, list[tuple[int, ...]]] = {}
-    for name, phrases in names.items():
-        for phrase in map(str.split, phrases):
+    for name in covers:
+        for phrase in map(str.split, phrases(name)):
             for start in range(len(bare) - len(phrase) + 1):
                 if bare[start : start + len(phrase)] == phrase:
                     places.setdefault(name, []).append(tuple(range(start, start + len(phrase))))
-    return [(name, min(of_object)) for name, of_object in places.items()]
+    return [Named(name, min(of_object), covers[name]) for name, of_object in places.items() if covers[name].any()]
 
 
 def cover_on_grid(mask: np.ndarray, box: tuple[float, float, float, float], grid: tuple[int, int]) -> np.ndarray:
@@ -165,11 +167,12 @@ class GroundingTable:
         self.seed, self.rng = seed, np.random.default_rng(seed)
         self.parts: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # row -> metric -> photo -> (sum, count)
 
-    def add(self, row: str, photo: str, found: dict[str, tuple[float, ...]]) -> None:
-        """Add one caption's scores by one method, as `ground` gives them."""
-        parts = self.parts.setdefault(row, {metric: {} for metric in METRICS})
-        for metric in METRICS:
-            parts[metric][photo] = parts[metric].get(photo, 0) + np.array(found.get(metric, (0, 0)))
+    def add(self, photo: str, rows: dict[str, np.ndarray], named: Sequence[Named], words: Sequence[str]) -> None:
+        """Add the scores of one caption: its maps (W, P) by row, the objects that it names and its W words."""
+        for row, maps in rows.items():
+            found, parts = ground(maps, named, words), self.parts.setdefault(row, {metric: {} for metric in METRICS})
+            for metric in METRICS:
+                parts[metric][photo] = parts[metric].get(photo, 0) + np.array(found.get(metric, (0, 0)))
 
     def controls(self, maps: np.ndarray, named: list[Named], grid: tuple[int, int]) -> dict[str, np.ndarray]:
         """Maps (W, P) that do not depend on the word or the photo, and as the upper limit the true masks.
@@ -198,20 +201,19 @@ class GroundingTable:
 
     def summary(self, method: str) -> tuple[dict, str]:
         """All rows with intervals, and `method` less two of them: as plain values, and as a table to read."""
-        scores, rows = self.scores(), {}
+        scores, rows, differences = self.scores(), {}, {}
         lines = [f"{'':28}" + "".join(f"{metric:>25}" for metric in METRICS)]
         for row, by_metric in scores.items():
             rows[row] = {metric: self._with_interval(score) for metric, score in by_metric.items()}
             mark = " *" if row == method else ""
             lines.append(f"{row + mark:28}" + "".join(f"{_to_text(**cell):>25}" for cell in rows[row].values()))
-        others = [row for row in ("last_mean", "centre") if row in scores and row != method]
-        differences = {f"less_{row}": {} for row in others}
-        for (key, found), metric in itertools.product(differences.items(), ("match_at_1", "pair_win", "pointing")):
-            first, second = scores[key.removeprefix("less_")][metric], scores[method][metric]
-            if first.photos:
-                found[metric] = change = paired(first, second, list(first.parts), self.seed)
+        for other, metric in itertools.product(("last_mean", "centre"), ("match_at_1", "pair_win", "pointing")):
+            if other in scores and other != method and scores[other][metric].photos:
+                first, second = scores[other][metric], scores[method][metric]
+                change = paired(first, second, list(first.parts), self.seed)
+                differences.setdefault(f"less_{other}", {})[metric] = change
                 values = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]  p {p:.4f}".format_map(change)
-                lines.append(f"{metric}, {method} {key.replace('_', ' ', 1)}: {values}")
+                lines.append(f"{metric}, {method} less {other}: {values}")
         parts = self.parts[method]
         objects, among_others = (int(sum(parts[name].values())[1]) for name in ("pointing", "match_at_1"))
         counts = {"photos": len(parts["pointing"]), "objects": objects, "objects_among_others": among_others}

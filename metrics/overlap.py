@@ -79,8 +79,8 @@ def meteor(references: References, predictions: Predictions) -> Score:
             *by_photo, corpus = map(float, lines)
         except (OSError, ValueError) as error:  # the program has ended, or has printed text in place of a number
             program.kill()
-            said = [line for line in program.communicate()[1].splitlines() if line.strip()] or [str(error)]
-            raise NothingDone(said[0]) from None
+            said, _, _ = program.communicate()[1].strip().partition("\n")
+            raise NothingDone(said or str(error)) from None
     return Score(corpus, dict(zip(predictions, by_photo)), of_sums=None)
 
 

@@ -8,7 +8,7 @@ Efron 1979; paired tests as in Koehn 2004 (https://aclanthology.org/W04-3250) an
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,8 +29,8 @@ class Score:
     """The score of all photos."""
     photos: dict[str, float]
     """Scores by photo, without photos that could not be scored; empty for a figure of the corpus alone."""
-    parts: dict[str, Sequence[float] | np.ndarray] | None = None
-    """C numbers by photo, the sums of which `of_sums` takes; without them the corpus score is the mean of `photos`."""
+    parts: dict[str, Sequence[float] | np.ndarray] = field(default_factory=dict)
+    """C numbers by photo, the sums of which `of_sums` takes."""
     of_sums: Callable[[np.ndarray], np.ndarray] | None = ratio
     """(..., C) sums of parts -> (...) corpus scores; None where the corpus score is not a function of sums."""
 
@@ -39,15 +39,13 @@ class Score:
         return self.of_sums is not None and len(self.photos) > 1
 
     def matrix(self, stems: list[str]) -> np.ndarray:
-        """(N, C) parts in the order of `stems`."""
-        if self.parts is not None:
-            return np.array([self.parts[stem] for stem in stems])
-        return np.array([(self.photos.get(stem, 0.0), float(stem in self.photos)) for stem in stems])
+        """(N, C) parts in the order of `stems`; a photo that could not be scored adds nothing to a mean."""
+        return np.array([self.parts.get(stem, (0.0, 0.0)) for stem in stems])
 
 
 def mean_score(photos: dict[str, float]) -> Score:
     """A metric whose corpus score is the mean over photos."""
-    return Score(float(np.mean(list(photos.values()))), photos)
+    return Score(float(np.mean(list(photos.values()))), photos, {stem: (score, 1.0) for stem, score in photos.items()})
 
 
 @functools.lru_cache(maxsize=2)  # every metric and run uses the same

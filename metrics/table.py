@@ -8,10 +8,10 @@ from metrics import overlap
 from metrics.chair import chair
 from metrics.cider import cider
 from metrics.overlap import Predictions, References
-from metrics.statistics import Score
+from metrics.statistics import Score, mean_score
 
 METRICS: dict[str, Callable[[References, Predictions, Instances | None], dict[str, Score]]] = {
-    "cider": lambda references, captions, _: {"cider": Score(*cider(references, captions))},
+    "cider": lambda references, captions, _: {"cider": mean_score(cider(references, captions)[1])},
     "bleu": lambda references, captions, _: overlap.bleu(references, captions),
     "rouge": lambda references, captions, _: {"rouge": overlap.rouge(references, captions)},
     "meteor": lambda references, captions, _: {"meteor": overlap.meteor(references, captions)},

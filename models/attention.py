@@ -1,17 +1,15 @@
 """Attention records: which image patches each token of a caption attended to, from one pass over the caption.
 
-Captions are generated in sdpa attention with a cache. Then the caption is read once more by an attention function that
-calls sdpa too, and also computes the softmax of the caption's rows and keeps the image's columns of it, averaged over
-heads. `output_attentions=True` would keep every row and column of every head, in eager attention, which changes
-captions. The row that predicts token t is that of token t - 1.
+Captions are generated in sdpa attention with a cache. Then photo, prompt and caption are read once more, without one,
+by an attention function that calls sdpa too, and also computes the softmax of the caption's rows and keeps the image's
+columns of it, averaged over heads. `output_attentions=True` would keep every row and column of every head, in eager
+attention, which changes captions. The row that predicts token t is that of token t - 1.
 
-What costs more than that is made when it is asked for, by the names of EXTRAS. It needs a pass over photo, prompt and
-caption together: no cache.
+What costs more than that is made when it is asked for, by the names of EXTRAS.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,14 +48,8 @@ class AttentionRecord:
     """(T, P) each token's logit, read off the final state at each patch (the logit lens)."""
     text: np.ndarray
     """(T, T) the same, read off the final state that predicts each token of the caption."""
-    heads: np.ndarray | None = None
-    """(L, H, T, P) attention. This and what follows is made only when asked for, see `explain`."""
-    rollout: np.ndarray | None = None
-    """(T, P)"""
-    gradcam: np.ndarray | None = None
-    """(T, P)"""
-    relevancy: np.ndarray | None = None
-    """(T, P)"""
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    """Those of EXTRAS that were asked for: heads (L, H, T, P) is each head's attention, the others are (T, P) maps."""
 
 
 @dataclass
@@ -87,15 +79,18 @@ class Recorder:
         """A forward hook of the language model."""
         self.call, self.out = call, out
 
-    def record(self, query: Tensor, key: Tensor, mask: Tensor, scaling: float | None) -> None:
-        """(B, H, Q, D) queries, (B, G, K, D) keys of G groups of heads, mask (B, 1, Q, K) to add to the scores."""
-        batch, heads, length, width = query.shape
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs):
+        """An attention function of transformers: sdpa that is also recorded.
+
+        (B, H, Q, D) queries, (B, G, K, D) keys and values of G groups of heads, mask (B, 1, Q, K) to add to the scores.
+        """
+        out, scaling = sdpa_attention_forward(module, query, key, value, mask, **kwargs), kwargs.get("scaling")
+        batch, heads, _, width = query.shape
         rows = self.rows[:, None, :, None]  # (B, 1, T, 1)
         query = query.gather(2, rows.expand(-1, heads, -1, width))
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
         scores = query.float() @ key.float().transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
-        mask = mask[..., : key.shape[2]].expand(batch, -1, -1, -1)
-        scores += mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        scores += mask.expand(batch, -1, -1, -1).gather(2, rows.expand(-1, 1, -1, mask.shape[3]))
         seen = scores.softmax(dim=-1)
         photo = seen.gather(3, self.columns[:, None, None, :].expand(-1, heads, rows.shape[2], -1))
         self.mean.append(photo.mean(dim=1))
@@ -103,22 +98,12 @@ class Recorder:
         seen, place = seen.mean(dim=1), torch.arange(key.shape[2], device=rows.device)
         first = (seen[:, 0] > 0).int().argmax(dim=1)[:, None, None]  # padding on the left is not seen
         patch = (place == self.columns[..., None]).any(dim=1, keepdim=True)  # (B, 1, K)
-        caption = place >= rows[:, 0, :1] + key.shape[2] - length  # the first keys are cached ones
+        caption = place >= rows[:, 0, :1]
         kinds = torch.cat([patch, caption, (place == first) & ~patch], dim=1)  # (B, 3, K)
         self.shares.append(seen @ kinds.to(seen.dtype).transpose(1, 2))
+        return out
 
 
-_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
-
-
-def _recorded_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
-    recorder = _recorder.get()
-    if recorder is not None:
-        recorder.record(query, key, attention_mask, kwargs.get("scaling"))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(RECORDED, _recorded_sdpa)
 AttentionMaskInterface.register(RECORDED, eager_mask)  # to add to the scores; without one tokens would see the future
 
 
@@ -129,13 +114,10 @@ def record_attention(lm: nn.Module, rows: Tensor, columns: Tensor, extra: Collec
     Raises UserError where no layer passed by: such a model does not use transformers' attention interface.
     """
     recorder = Recorder(lm, rows, columns, extra)
-    token = _recorder.set(recorder)
-    keep = lm.register_forward_hook(recorder.keep, with_kwargs=True)
-    try:
-        with keep, attend_with(lm, RECORDED, after="sdpa"):
-            yield recorder
-    finally:
-        _recorder.reset(token)
+    AttentionInterface.register(RECORDED, recorder.attend)
+    with lm.register_forward_hook(recorder.keep, with_kwargs=True), attend_with(lm, RECORDED, after="sdpa"):
+        yield recorder
+    AttentionInterface.register(RECORDED, sdpa_attention_forward)  # forgets the recorder and what it holds
     if not recorder.mean:
         raise UserError(f"{type(lm).__name__} computes attention by itself: it cannot be recorded")
 
@@ -160,7 +142,7 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tenso
     with torch.set_grad_enabled(bool(backward)), attend_with(recorder.lm, "eager", after="sdpa"):
         out = recorder.lm(**call)
         states = out.last_hidden_state[batch, rows].float()
-        logits = (states * unembedding_rows(head, ids).float()).sum(dim=(0, 2)).unbind()  # T, each of all rows
+        logits = (states * head.weight[ids].float()).sum(dim=(0, 2)).unbind()  # T, each of all rows
     layers, features, found = out.attentions, out.hidden_states[-2], {name: [] for name in backward}
     patch = torch.zeros(embeddings.shape[:2], device=ids.device).scatter(1, columns, 1.0)  # (B, Q), each patch once
     for t, logit in enumerate(logits if backward else ()):
@@ -168,18 +150,16 @@ def explain(recorder: Recorder, ids: Tensor, head: nn.Module) -> dict[str, Tenso
         gradient, *gradients = torch.autograd.grad(logit, inputs, retain_graph=True)
         if "gradcam" in found:
             weights = patch[:, None] @ gradient.float() / patch.sum(dim=1)[:, None, None]  # (B, 1, D)
-            found["gradcam"].append((features.detach()[batch, columns].float() * weights).sum(dim=2))
+            found["gradcam"].append((features[batch, columns].float() * weights).sum(dim=2))
         if "relevancy" in found:
-            used = [(a.detach() * g).clamp(min=0).float().mean(dim=1) for a, g in zip(layers, gradients)]
+            used = [(a * g).clamp(min=0).float().mean(dim=1) for a, g in zip(layers, gradients)]
             found["relevancy"].append(_flow(rows[:, t : t + 1], used, columns)[:, 0])
     found = {name: torch.stack(maps, dim=1) for name, maps in found.items()}
     if "rollout" in recorder.extra:
-        found["rollout"] = _flow(rows, [layer.detach().float().mean(dim=1) for layer in layers], columns)
+        found["rollout"] = _flow(rows, [layer.float().mean(dim=1) for layer in layers], columns)
     if "heads" in recorder.extra:
         at = batch[..., None], rows[..., None], columns[:, None]  # (B, T, P)
-        found["heads"] = torch.stack(
-            [layer.detach().movedim(1, 3)[at].movedim(3, 1) for layer in layers], dim=1
-        ).float()
+        found["heads"] = torch.stack([layer.movedim(1, 3)[at].movedim(3, 1).float() for layer in layers], dim=1)
     return found
 
 
@@ -191,26 +171,20 @@ def _flow(rows: Tensor, layers: Sequence[Tensor], columns: Tensor) -> Tensor:
     return flow.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
 
 
-def unembedding_rows(head: nn.Module, ids: Tensor) -> Tensor:
-    """(...) ids -> (..., D) rows of an output head, with peft's adapter on it."""
-    base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
-    rows = base.weight[ids]
-    for adapter in getattr(head, "active_adapters", ()) if base is not head else ():
-        rows = rows + head.get_delta_weight(adapter)[ids]
-    return rows
-
-
 def read_records(
-    recorder: Recorder, states: Tensor, patches: Tensor, head: nn.Module, captions: Sequence[Sequence[list[int]]]
+    recorder: Recorder, head: nn.Module, captions: Sequence[Sequence[Sequence[int]]], eos: int
 ) -> list[list[AttentionRecord]]:
-    """The records of each row's captions, which lie one behind the other in the row, each with its closing EOS.
+    """The records of each row's captions, which lie one behind the other in the row, each closed by `eos`.
 
-    `states` (B, T, D) are the final states of the recorded queries, `patches` (B, P, D) those of the image patches.
+    The output head is a plain layer, with adapters folded in.
     """
-    flat = [[token for caption in row for token in caption] for row in captions]
+    captions = [[[*caption, eos] for caption in row] for row in captions]
+    flat, hidden = [sum(row, []) for row in captions], recorder.out.last_hidden_state
+    batch = torch.arange(len(flat), device=hidden.device)[:, None]
+    states, patches = hidden[batch, recorder.rows], hidden[batch, recorder.columns]  # (B, T, D), (B, P, D)
     ids = torch.tensor([row + [0] * (states.shape[1] - len(row)) for row in flat], device=states.device)
     chances = head(states).float().softmax(dim=-1).gather(2, ids[..., None])[..., 0]
-    words = unembedding_rows(head, ids).float()
+    words = head.weight[ids].float()
     lens, text = (words @ those.float().transpose(1, 2) for those in (patches, states))  # (B, T, P), (B, T, T)
     kept = {name: torch.stack(getattr(recorder, name), dim=1) for name in ("mean", "peak", "shares")} | {"lens": lens}
     kept |= explain(recorder, ids, head) if recorder.extra else {}
@@ -221,7 +195,8 @@ def read_records(
         for caption in row:
             at = slice(start, start + len(caption))
             own = {name: part[b][..., at, :] for name, part in zip(kept, parts)}
-            found.append(AttentionRecord(caption, chances[b, at], text=text[b, at, at], **own))
+            extra = {name: own.pop(name) for name in recorder.extra}
+            found.append(AttentionRecord(caption, chances[b, at], text=text[b, at, at], extra=extra, **own))
             start = at.stop
         records.append(found)
     return records

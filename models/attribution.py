@@ -1,6 +1,6 @@
 """From an attention record to one map for each word: the report's four methods, and methods that ground better.
 
-All methods work on an `AttentionRecord`; nothing here runs a model. W units (words or tokens), P patches.
+All methods work on an `AttentionRecord`; nothing here runs a model. W units (words), P patches.
 docs/grounding.md says what each method is, where it comes from and what it costs.
 """
 
@@ -23,7 +23,7 @@ SINK = 20.0  # a patch whose median over words is so many times the median patch
 
 @dataclass(frozen=True)
 class Unit:
-    """A word, or a token, of a caption."""
+    """A word of a caption."""
 
     text: str
     tokens: tuple[int, ...]
@@ -34,30 +34,27 @@ class Unit:
     """(L, 3) attention, mean over heads and tokens, to the photo, the caption so far and the first token, by layer."""
 
 
-def split_units(record: AttentionRecord, tokenizer, unit: str = "word") -> list[Unit]:
-    """The words of a caption (sub-words joined, the closing EOS left out), or its tokens, EOS included.
+def split_units(record: AttentionRecord, tokenizer) -> list[Unit]:
+    """The words of a caption, sub-words joined, the closing EOS left out.
 
     Byte-level tokenizers mark the start of a word by `Ġ`, SentencePiece by `▁`; punctuation stands alone.
     """
     groups: list[list[int]] = []
-    if unit == "token":
-        groups = [[place] for place in range(len(record.ids))]
-    else:
-        lone = False  # a mark alone belongs to the piece behind it
-        for place, piece in enumerate(tokenizer.convert_ids_to_tokens(record.ids[:-1])):
-            piece = piece or ""  # an id of the model that the tokenizer does not have
-            bare = re.sub("^[Ġ▁Ċ]+", "", piece)
-            goes_on = bare[:1].isalnum() or bare[:1] == "'" or ord(bare[:1] or " ") > 127
-            last = tokenizer.decode([record.ids[one] for one in groups[-1]]) if groups else ""
-            whole = UNSPACED.match(last[-1:])  # a word by itself, once all of its bytes are there
-            if not groups or whole or not (lone or (bare == piece and goes_on)):
-                groups.append([])
-            groups[-1].append(place)
-            lone = not bare
+    lone = False  # a mark alone belongs to the piece behind it
+    for place, piece in enumerate(tokenizer.convert_ids_to_tokens(record.ids[:-1])):
+        piece = piece or ""  # an id of the model that the tokenizer does not have
+        bare = re.sub("^[Ġ▁Ċ]+", "", piece)
+        goes_on = bare[:1].isalnum() or bare[:1] == "'" or ord(bare[:1] or " ") > 127
+        last = tokenizer.decode([record.ids[one] for one in groups[-1]]) if groups else ""
+        whole = UNSPACED.match(last[-1:])  # a word by itself, once all of its bytes are there
+        if not groups or whole or not (lone or (bare == piece and goes_on)):
+            groups.append([])
+        groups[-1].append(place)
+        lone = not bare
     units = []
     for group in groups:
         text = tokenizer.decode([record.ids[place] for place in group]).strip()
-        if text or unit == "token":
+        if text:
             probability = float(np.prod(record.probabilities[group]))
             units.append(Unit(text, tuple(group), probability, record.shares[:, group].mean(axis=1)))
     return units
@@ -68,18 +65,9 @@ def joined(rows: np.ndarray, units: Sequence[Unit]) -> np.ndarray:
     return np.stack([rows[..., list(unit.tokens), :].max(axis=-2) for unit in units], axis=-2)
 
 
-def band(layers: int) -> slice:
-    """The middle layers.
-
-    >>> band(32), band(4), band(1)
-    (slice(12, 20, None), slice(1, 3, None), slice(0, 1, None))
-    """
-    first = int(BAND[0] * layers)
-    return slice(first, max(first + 1, int(np.ceil(BAND[1] * layers))))
-
-
 def _mid(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]) -> np.ndarray:
-    return joined(record.mean[band(len(record.mean))], units).mean(axis=0)
+    first, end = int(BAND[0] * len(record.mean)), int(np.ceil(BAND[1] * len(record.mean)))
+    return joined(record.mean[first : max(first + 1, end)], units).mean(axis=0)  # one layer at least
 
 
 def against_others(maps: np.ndarray) -> np.ndarray:
@@ -148,7 +136,7 @@ def _heads(record: AttentionRecord, units: Sequence[Unit], grid: tuple[int, int]
     A head looks at the photo if its share of attention there is above the mean head's. Its maps are sharp if their
     entropy is low, on the mean of all words.
     """
-    maps = joined(record.heads, units).reshape(-1, len(units), record.lens.shape[1])  # (L x H, W, P)
+    maps = joined(record.extra["heads"], units).reshape(-1, len(units), record.lens.shape[1])  # (L x H, W, P)
     mass = maps.sum(axis=(1, 2))
     looking = maps[mass >= mass.mean()]
     share = looking / np.maximum(looking.sum(axis=2, keepdims=True), 1e-12)
@@ -182,9 +170,9 @@ METHODS = {
     "demean": Method("attention", "middle layers, less the mean of all words", lambda *its: _demeaned(_mid(*its))),
     "rel": Method("attention", "all layers, compared with the caption's other words", _rel),
     "heads": Method("attention", "the three heads with the sharpest maps", _heads),
-    "rollout": Method("attention", "attention times attention, all layers", _of_tokens(lambda record: record.rollout)),
-    "gradcam": Method("gradient", "last layer's input x gradient", _of_tokens(lambda record: record.gradcam)),
-    "relevancy": Method("gradient", "attention x gradient, all layers", _of_tokens(lambda record: record.relevancy)),
+    "rollout": Method("attention", "attention times attention, all layers", _of_tokens(lambda it: it.extra["rollout"])),
+    "gradcam": Method("gradient", "last layer's input x gradient", _of_tokens(lambda it: it.extra["gradcam"])),
+    "relevancy": Method("gradient", "attention x gradient, all layers", _of_tokens(lambda it: it.extra["relevancy"])),
     "lens": Method("logit", "the word's logit at each patch, less the mean of all words", _lens),
     "tam": Method("logit", "the word's logit at each patch, less what the words before explain", _tam),
     "fuse": Method("attention and logit", "rel and lens together", _fuse),

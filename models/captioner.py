@@ -113,8 +113,8 @@ class Captioner(nn.Module):
         caches = [prefill(lm.base_model, inputs_embeds=part) for part in parts]
         # `generate` takes ids for all positions; those of the image are not read, since the cache holds them
         ids = torch.full((len(prefix), prefix.shape[1] + 1), eos, device=prefix.device)
-        mask = torch.ones_like(ids)
-        return generate_all(lm, caches, ids, mask, decodings, seeds, eos, eos, ids.shape[1])
+        mask = {"attention_mask": torch.ones_like(ids)}
+        return generate_all(lm, caches, ids, decodings, seeds, [eos], hidden=ids.shape[1], **mask)
 
     @torch.no_grad()
     def attend(
@@ -128,10 +128,8 @@ class Captioner(nn.Module):
         batch = pack_rows(captions, eos).to(prefix.device)
         rows = torch.arange(batch.labels.shape[1], device=prefix.device).expand(len(prefix), -1) + tokens
         with record_attention(lm.base_model, rows, columns, extra=extra) as recorder:
-            hidden = packed_hidden(lm.base_model, prefix, batch)
-        closed = [[[*caption, eos] for caption in own] for own in captions]
-        head = lm.get_output_embeddings()
-        return read_records(recorder, hidden[:, tokens:], hidden[:, tokens - patches : tokens], head, closed)
+            packed_hidden(lm.base_model, prefix, batch)
+        return read_records(recorder, lm.get_output_embeddings(), captions, eos)
 
     def patch_grid(self, width: int, height: int) -> PatchGrid:
         """Where the patches lie on a photo of `width` x `height` pixels."""

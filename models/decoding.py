@@ -24,7 +24,6 @@ from models.decoder import attend_with
 # transformers calls the argument `cache` from 5.24 on, and `past_key_values` before.
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 TokenIds = list[int]
-EndTokens = int | list[int]  # some models have several
 Seeds = dict[str, Sequence[int]]  # one for each photo, by the name of the decoding
 
 
@@ -106,7 +105,7 @@ class InverseTransform(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn.to(scores.device), 0.0)
 
 
-def processors(decoding: Decoding, seeds: Sequence[int], prompt: Tensor, eos: EndTokens) -> LogitsProcessorList:
+def processors(decoding: Decoding, seeds: Sequence[int], prompt: Tensor, eos: list[int]) -> LogitsProcessorList:
     """What `decoding` does to the logits of the words after `prompt` (B, L), in transformers' own order.
 
     First the rules against repetition and short captions; then, where it samples, what turns greedy generation into
@@ -143,7 +142,7 @@ class Interleaved(LogitsProcessor):
         return torch.stack(rows, dim=1).flatten(0, 1)
 
 
-def generation_config(decoding: Decoding, eos: EndTokens, pad: int) -> GenerationConfig:
+def generation_config(decoding: Decoding, eos: list[int]) -> GenerationConfig:
     """What transformers' `generate` is told, besides the samplers."""
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
@@ -151,19 +150,18 @@ def generation_config(decoding: Decoding, eos: EndTokens, pad: int) -> Generatio
         length_penalty=decoding.length_penalty,
         do_sample=False,  # the samplers draw
         eos_token_id=eos,
-        pad_token_id=pad,
+        pad_token_id=eos[0],  # stands behind an end token, and `until_eos` cuts it off
         disable_compile=True,  # a GPU would compile a cache of fixed size anew for every batch shape
     )
 
 
-def until_eos(ids: Tensor, eos: EndTokens) -> list[TokenIds]:
+def until_eos(ids: Tensor, eos: list[int]) -> list[TokenIds]:
     """(B, L) generated ids -> each row's up to its first end token, without it.
 
-    >>> until_eos(torch.tensor([[5, 6, 0, 0], [7, 8, 9, 10]]), eos=0)
+    >>> until_eos(torch.tensor([[5, 6, 0, 0], [7, 8, 9, 10]]), eos=[0])
     [[5, 6], [7, 8, 9, 10]]
     """
-    ends = {eos} if isinstance(eos, int) else set(eos)
-    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
+    return [list(itertools.takewhile(lambda token: token not in eos, row)) for row in ids.tolist()]
 
 
 # ------------------------------------------------------------------------------------------- from one prefill
@@ -199,13 +197,11 @@ def fixed_cache(parts: Sequence[Cache], repeats: int, room: int) -> Cache:
 @torch.inference_mode()
 def generate_all(
     model: nn.Module,
-    caches: Sequence[Cache],
+    caches: list[Cache],
     ids: Tensor,
-    mask: Tensor,
     decodings: Decodings,
     seeds: Seeds,
-    eos: EndTokens,
-    pad: int,
+    eos: list[int],
     hidden: int = 0,
     **rows: Tensor,
 ) -> dict[str, list[TokenIds]]:
@@ -213,9 +209,9 @@ def generate_all(
 
     `caches` hold, part by part of the batch, what `model` keeps of `ids` (B, L) but for the last; they are used up.
     Decodings with the same number of steps go side by side as rows of one batch: a step reads the weights once for all
-    of them. The first `hidden` of the `ids` stand for an image: the rules against repetition do not see them. On a CPU the
-    language model attends by plain products, since the fused kernel is made for many queries: at 64 rows of 270 tokens
-    in bf16 they take a fifth of its time. `rows` are what else `generate` reads, (..., B, L).
+    of them. The first `hidden` of the `ids` stand for an image: the rules against repetition do not see them. On a CPU
+    the language model attends by plain products, since the fused kernel is made for many queries: at 64 rows of 270
+    tokens in bf16 they take a fifth of its time. `rows` are what else `generate` reads, (..., B, L), such as the mask.
     """
     groups: dict[tuple, list[str]] = {}
     for name, decoding in decodings.items():
@@ -228,9 +224,8 @@ def generate_all(
         with attend_with(model.get_decoder(), "eager" if ids.device.type == "cpu" else "sdpa", after="sdpa"):
             out = model.generate(
                 input_ids=ids.repeat_interleave(count, dim=0),
-                attention_mask=mask.repeat_interleave(count, dim=0),
                 **{name: value.repeat_interleave(count, dim=-2) for name, value in rows.items()},
-                generation_config=generation_config(first, eos, pad),
+                generation_config=generation_config(first, eos),
                 logits_processor=LogitsProcessorList([Interleaved(steps, hidden)]),
                 **{CACHE: fixed_cache(parts, count * first.num_beams, first.max_new_tokens)},
             )
@@ -240,11 +235,11 @@ def generate_all(
 
 
 def generate_plainly(
-    model: nn.Module, inputs: dict[str, Tensor], decoding: Decoding, seeds: Sequence[int], eos: EndTokens, pad: int
+    model: nn.Module, inputs: dict[str, Tensor], decoding: Decoding, seeds: Sequence[int], eos: list[int]
 ) -> list[TokenIds]:
     """Captions by transformers' `generate` alone, which every family has, Q-Formers and encoder-decoders too."""
     begun = inputs["input_ids"][:, : 1 if model.config.is_encoder_decoder else None]  # what the decoder starts with
-    config, steps = generation_config(decoding, eos, pad), processors(decoding, seeds, begun, eos)
+    config, steps = generation_config(decoding, eos), processors(decoding, seeds, begun, eos)
     out = model.generate(**inputs, generation_config=config, logits_processor=steps)
     length = inputs["input_ids"].shape[1]
     begins = length if out[:, :length].equal(inputs["input_ids"]) else int(model.config.is_encoder_decoder)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.config import UserError
 from common.device import module_hash
 from models import packaged
-from models.hub import loading, refuse_code
+from models.hub import check_open_clip, loading
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,7 @@ def _open_clip_tower(config: EncoderConfig, device: str, load_weights: bool) -> 
     model = f"local-dir:{config.weights}" if Path(config.weights).is_dir() else config.model
     needed = load_weights and config.weights != "random"
     tag = config.weights if needed and model == config.model else None  # a folder brings its own
-    known = open_clip.get_model_config(model)
-    refuse_code(f"encoder.weights: {config.weights}", known)
-    if config.weights == "openai" and known and not known.get("quick_gelu"):
-        raise UserError(f"encoder.model: OpenAI's weights need a QuickGELU model (try {model}-quickgelu), got {model}")
+    check_open_clip("encoder.weights", model, config.weights)
     clip = open_clip.create_model(model, tag, load_weights=load_weights, require_pretrained=needed, device=device)
     cfg = clip.visual.preprocess_cfg
     size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]

@@ -64,10 +64,18 @@ def load_whole(what: str, kind: type, where: str | None, **options: Any):
     return model
 
 
-def refuse_code(name: str, config: Any) -> None:
-    """Raise a UserError where open_clip's `config` of the model `name` lets a stranger's code run."""
+def check_open_clip(key: str, model: str, tag: str) -> None:
+    """Raise a UserError where a model of open_clip lets a stranger's code run, or does not fit the weights of `tag`.
+
+    open_clip only warns of another activation: it would run the right weights with the wrong one.
+    """
+    import open_clip
+
+    config, weights = open_clip.get_model_config(model) or {}, open_clip.get_pretrained_cfg(model, tag)
     if '"trust_remote_code"' in json.dumps(config):
-        raise UserError(f"{name}: its open_clip_config.json asks for trust_remote_code; code of a model is never run")
+        raise UserError(f"{key}: {model}: its open_clip_config.json asks for trust_remote_code; such code is never run")
+    if weights and weights.get("quick_gelu", False) != config.get("quick_gelu", False):
+        raise UserError(f"{key}: {tag} was trained with another activation than {model}; add or drop -quickgelu")
 
 
 def means_folder(model: str) -> bool:

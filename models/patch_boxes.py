@@ -126,7 +126,8 @@ def on_grid(record: AttentionRecord, share: np.ndarray) -> AttentionRecord:
     """A record of N image tokens -> of the P cells of `share` (N, P): attention adds up, logits are averaged."""
     count, share = len(share), share.astype(np.float32)
     level = share / np.maximum(share.sum(axis=0), 1e-12)
-    by_name = dict.fromkeys(("mean", "peak", "heads", "rollout", "relevancy"), share)
-    by_name |= dict.fromkeys(("lens", "gradcam"), level)
-    made = {name: values for name in by_name if (values := getattr(record, name)) is not None}
-    return replace(record, **{name: values[..., :count] @ by_name[name] for name, values in made.items()})
+    made = {"mean": record.mean, "peak": record.peak, "lens": record.lens} | record.extra
+    for name, values in made.items():
+        made[name] = values[..., :count] @ (level if name in ("lens", "gradcam") else share)
+    extra = {name: made.pop(name) for name in record.extra}
+    return replace(record, extra=extra, **made)

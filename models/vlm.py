@@ -1,14 +1,14 @@
 """Vision-language models of transformers: zero-shot captions, several decodings from one prefill, attention records.
 
 LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744) is the one of the published report. The photos are encoded and the prompt
-is prefilled once; all decodings and all captions that are looked into go on from that cache of keys and values.
+is prefilled once; all decodings go on from that cache of keys and values.
 docs/grounding.md lists the families of models.
 """
 
 import re
 import sys
 from collections.abc import Collection, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache
 
 from common.config import UserError
@@ -58,10 +57,9 @@ class VisionLanguageModel(nn.Module):
         self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
         self.tokenizer.padding_side = "left"  # generation goes on at the right end of each row
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.pad = self.tokenizer.pad_token_id
         template = getattr(processor, "chat_template", None)
-        eos = model.generation_config.eos_token_id
-        self.eos = self.tokenizer.eos_token_id if eos is None else eos  # one, or several
+        eos = model.generation_config.eos_token_id  # one, several or none
+        self.eos = eos if isinstance(eos, list) else [self.tokenizer.eos_token_id if eos is None else eos]
         # a user's settings decide alone, whatever penalties the model's authors set
         model.generation_config.update(repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0)
         self.fit, self.family, text = fit, model.config.model_type, model.config.get_text_config()
@@ -85,76 +83,56 @@ class VisionLanguageModel(nn.Module):
         inputs.pop("labels", None)  # PaliGemma's, for training
         return dict(inputs.to(self.model.device, self.model.dtype))
 
-    def _prefill(self, inputs: dict[str, Tensor]) -> tuple[DynamicCache, Tensor, Tensor]:
-        """Keys and values of all but the prompt's last token, by which captions begin; every layer keeps all of them.
-
-        Also final states (B, L - 1, D) and positions (B, L - 1), or (3 or 4, B, L - 1) where image tokens have rows
-        and columns. `generate` prepares what differs between families: positions, masks, token types. It reads the last
-        token too, since in PaliGemma all tokens of a prompt see each other.
-        """
-        cache, seen = DynamicCache(), []
-        with self.model.get_decoder().register_forward_hook(lambda *call: seen.extend(call[2:]), with_kwargs=True):
-            self.model.generate(**inputs, **ONE_PASS, **{CACHE: cache})
-        cache.crop(-1)
-        kwargs, output = seen
-        return cache, output.last_hidden_state[:, :-1], kwargs["position_ids"][..., :-1]
-
     @torch.inference_mode()
     def generate(self, photos: Sequence[LoadedPhoto], decodings: Decodings, seeds: Seeds) -> dict[str, list[TokenIds]]:
         """Token ids of B captions for each decoding; see `models.interface`."""
-        inputs, ends = self.inputs(photos), (self.eos, self.pad)
-        if self.placed:
-            cache, _, positions = self._prefill(inputs)
-            rows = {}
-            if positions.ndim == 3:  # `generate` counts the other kind by itself
-                rows["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
-            prompt = [cache], inputs["input_ids"], inputs["attention_mask"]
-            return generate_all(self.model, *prompt, decodings, seeds, *ends, **rows)
-        return {name: generate_plainly(self.model, inputs, one, seeds[name], *ends) for name, one in decodings.items()}
+        inputs = self.inputs(photos)
+        if not self.placed:
+            plainly = partial(generate_plainly, self.model, inputs)
+            return {name: plainly(decodings[name], seeds[name], self.eos) for name in decodings}
+        # `generate` prepares what differs between families: positions, masks, token types. It reads the prompt's last
+        # token too, by which captions begin, since in PaliGemma all tokens of a prompt see each other
+        cache, calls = DynamicCache(), []  # every layer of this cache keeps all tokens
+        with self.model.get_decoder().register_forward_hook(lambda *call: calls.append(call[2]), with_kwargs=True):
+            self.model.generate(**inputs, **ONE_PASS, **{CACHE: cache})
+        cache.crop(-1)
+        rows, positions = {"attention_mask": inputs["attention_mask"]}, calls[0]["position_ids"]
+        if positions.ndim == 3:  # image tokens have rows and columns; `generate` counts the other kind by itself
+            rows["position_ids"] = positions
+        return generate_all(self.model, [cache], inputs["input_ids"], decodings, seeds, self.eos, **rows)
 
     @torch.no_grad()
     def attend(
         self, photos: Sequence[LoadedPhoto], captions: Sequence[Sequence[list[int]]], extra: Collection[str] = ()
     ) -> list[list[AttentionRecord]]:
-        """What each token of each of a photo's captions attended to, the closing EOS last."""
-        flat = [list(caption) for own in captions for caption in own]
-        owner = [b for b, own in enumerate(captions) for _ in own]  # each caption goes on from its own photo's prompt
-        if extra:  # one pass over photo, prompt and caption
-            photos, owner = [photos[b] for b in owner], range(len(flat))
-        inputs, decoder = self.inputs(photos), self.model.get_decoder()
-        owner = torch.tensor(owner, device=self.model.device)
-        prompt, shares = inputs["input_ids"], [grid_of(self.patch_boxes(*photo.image.size))[1] for photo in photos]
+        """What each token of each of a photo's captions attended to, the closing EOS last.
+
+        Each caption is read in a row of its own, behind its photo and the prompt.
+        """
+        flat = [[caption] for own in captions for caption in own]
+        photos = [photo for photo, own in zip(photos, captions) for _ in own]
+        inputs = self.inputs(photos)
+        prompt = inputs["input_ids"]
         places = [(row == self.model.config.image_token_id).nonzero()[:, 0] for row in prompt]
         columns = nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)  # (B, P) of the most tokens
         columns = columns.where(columns >= 0, columns[:, :1])
-        rows = [torch.tensor([prompt[0, -1], *caption]) for caption in flat]  # all prompts end alike
         # what fills up shorter captions lies behind them, where they do not see it
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(prompt[0, -1])).to(prompt.device)
-        steps = torch.arange(ids.shape[1], device=ids.device).expand(len(flat), -1)
-        if extra:
-            rows = steps + prompt.shape[1] - 1
-            with record_attention(decoder, rows, columns, extra) as recorder:
-                self.model.generate(**self._with_captions(inputs, ids[:, 1:]), **ONE_PASS)
-            states = recorder.out.last_hidden_state
-        else:
-            cache, states, positions = self._prefill(inputs)
-            cache.batch_select_indices(owner)
-            mask = F.pad(inputs["attention_mask"][owner, :-1], (0, ids.shape[1]), value=1)
-            places = positions[..., owner, -1:] + 1 + steps
-            with record_attention(decoder, steps, columns[owner]) as recorder:
-                decoder(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **{CACHE: cache})
-        patches = states[owner[:, None], columns[owner]]
-        closed = [[[*caption, self.tokenizer.eos_token_id]] for caption in flat]
-        states, head = recorder.out.last_hidden_state[:, -ids.shape[1] :], self.model.get_output_embeddings()
-        found = read_records(recorder, states, patches, head, closed)
-        records = (on_grid(record, shares[b]) for b, (record,) in zip(owner, found))
+        words = [torch.tensor(caption, dtype=torch.long, device=prompt.device) for (caption,) in flat]
+        words = nn.utils.rnn.pad_sequence(words, batch_first=True, padding_value=self.eos[0])
+        rows = (prompt.shape[1] - 1 + torch.arange(words.shape[1] + 1, device=prompt.device)).expand(len(flat), -1)
+        with record_attention(self.model.get_decoder(), rows, columns, extra) as recorder:
+            self.model.generate(**self._with_captions(inputs, words), **ONE_PASS)
+        found = read_records(recorder, self.model.get_output_embeddings(), flat, self.tokenizer.eos_token_id)
+        shares = [grid_of(self.patch_boxes(*photo.image.size))[1] for photo in photos]
+        records = (on_grid(record, share) for (record,), share in zip(found, shares))
         return [[next(records) for _ in own] for own in captions]
 
     def _with_captions(self, inputs: dict[str, Tensor], captions: Tensor) -> dict[str, Tensor]:
         """Inputs of B prompts, and captions (B, T) behind them."""
         prompt, image = inputs["input_ids"].shape, self.model.config.image_token_id
         kinds = torch.full_like(captions, self.family == "paligemma")  # there all of kind 0, the prompt, see each other
-        more = {"input_ids": captions.where(captions != image, self.pad), "attention_mask": torch.ones_like(captions)}
+        words = captions.where(captions != image, self.eos[0])  # or the photo would not fit the places for it
+        more = {"input_ids": words, "attention_mask": torch.ones_like(captions)}
         for name, value in inputs.items():  # ids, mask and token types, but no pixels
             if value.shape == prompt:
                 inputs[name] = torch.cat([value, more.get(name, kinds)], dim=1)
@@ -190,13 +168,6 @@ class VisionLanguageModel(nn.Module):
         randomize(self.model)
 
 
-def check_model(model: str) -> list[str]:
-    """What can be seen to be wrong with a model's name before anything loads."""
-    if means_folder(model) and not (Path(model) / "config.json").is_file():
-        return [f"model: {Path(model)}: expected a hub id or a model folder, found no config.json in it"]
-    return []
-
-
 def load_vlm(
     model: str, prompt: str, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none",
     fit: Fit = "processor",
@@ -210,6 +181,8 @@ def load_vlm(
 
     if re.search(r"<\S*image\S*>", prompt):
         raise UserError(f"prompt: expected the question alone, without the photo's place, got {prompt!r:.60}")
+    if means_folder(model) and not (Path(model) / "config.json").is_file():
+        raise UserError(f"model: {Path(model)}: expected a hub id or a model folder, found no config.json in it")
     options = {"dtype": dtype, "device_map": {"": device}}  # straight there: 7B need not pass through the CPU's memory
     if quantize != "none":
         bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype} if quantize == "4bit" else {"load_in_8bit": True}

@@ -1,7 +1,7 @@
 """Heatmaps of captions: a PNG for each photo, with a tile for each word, and one HTML page of all photos."""
 
-import base64
 import textwrap
+from base64 import b64encode
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
     from matplotlib.figure import Figure
 
     rcParams["font.family"] = ["DejaVu Sans", *(name for name in font_manager.get_font_names() if "CJK" in name)]
-    words = [i for i, unit in enumerate(photo.units) if any(map(str.isalnum, unit.text)) or not unit.text]
+    words = [i for i, unit in enumerate(photo.units) if any(map(str.isalnum, unit.text))]
     words = words or list(range(len(photo.units)))  # a full stop has a map too, but it would only set the scale
     columns = min(6, 1 + len(words))
     rows = -(-(1 + len(words)) // columns)
@@ -82,8 +82,7 @@ def draw_words(photo: Drawn, method: str, file: Path) -> None:
         box = {"extent": (left, right, bottom, top), "interpolation": "bilinear"}
         axes.imshow(patches, COLOURS, vmin=0, vmax=1, alpha=opacity, **box)
         axes.set(xlim=(0, width), ylim=(height, 0))
-        unit = photo.units[i]
-        axes.set_title(f"{unit.text or '(end)'}  p {unit.probability:.2f}", fontsize=9, parse_math=False)
+        axes.set_title(f"{photo.units[i].text}  p {photo.units[i].probability:.2f}", fontsize=9, parse_math=False)
     # not wrapped by matplotlib, which reads what stands between dollar signs as mathematics when it wraps
     title = textwrap.fill(photo.caption, round(13 * figure.get_figwidth()))
     figure.suptitle(f"{title}\n{photo.note}".strip(), fontsize=10, parse_math=False)
@@ -115,8 +114,9 @@ def write_heatmap_page(entries: list[dict[str, Any]], method: str, title: str, f
 
 
 def page_entry(photo: Drawn) -> dict[str, Any]:
-    """What the page holds of a photo, all of it small; `size` and `box` are in the photo's own pixels."""
+    """What the page holds of a photo, all of it small: `maps` as bytes, `size` and `box` in the photo's own pixels."""
     small = _small(photo.image)
+    maps = {name: (255 * shown(values)).round().astype(np.uint8) for name, values in photo.maps.items()}
     return {
         "stem": photo.stem,
         "note": photo.note,
@@ -127,23 +127,18 @@ def page_entry(photo: Drawn) -> dict[str, Any]:
         "grid": [photo.grid.rows, photo.grid.columns],
         "words": [
             {
-                "text": unit.text or "(end)",
+                "text": unit.text,
                 "probability": round(unit.probability, 4),
                 "shares": (100 * unit.shares).round().astype(int).tolist(),
             }
             for unit in photo.units
         ],
-        "maps": {method: _bytes(shown(maps)) for method, maps in photo.maps.items()},
+        "maps": {name: b64encode(values).decode() for name, values in maps.items()},
         "objects": [
             {"name": name, "words": words, "outline": _outline(mask, small.size)}
             for name, (words, mask) in photo.objects.items()
         ],
     }
-
-
-def _bytes(values: np.ndarray) -> str:
-    """Values from 0 to 1 as bytes, in base64."""
-    return base64.b64encode((255 * values).round().astype(np.uint8).tobytes()).decode()
 
 
 def _outline(mask: np.ndarray, size: tuple[int, int]) -> str:

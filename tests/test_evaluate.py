@@ -500,7 +500,7 @@ def test_a_mistake_is_one_line_and_leaves_no_scores(scene, captions, flags, said
             "ViT-B-23/openai could not be loaded: RuntimeError: Model config for 'ViT-B-23' not found",
         ),
         ("local_dir:nowhere", "openai", "clip_model: local_dir:nowhere/openai could not be loaded"),
-        ("ViT-B-32", "openai", "expected ViT-B-32-quickgelu"),
+        ("ViT-B-32", "openai", "clip_model: openai was trained with another activation than ViT-B-32"),
         ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "'laion2b_s34b_b79k' is not a known tag or valid file path"),
         ("ViT-B-32", __file__, f"clip_model: ViT-B-32/{__file__} could not be loaded"),
         ("local-dir:nowhere", "openai", "clip_model: local-dir:nowhere could not be loaded"),

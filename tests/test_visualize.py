@@ -129,7 +129,10 @@ def test_a_caption_with_dollar_signs_is_drawn_as_it_is(scene):
         ({"instances": Path("captions.json")}, "instances: .*captions.json: 'categories' is missing"),
         ({"scores": Path("instances.json")}, "scores: .*: expected a file of evaluate.py's, clipscore in it"),
         ({"scores": Path("scores.json"), "top": 0, "bottom": 0}, "top 0, bottom 0 and .*scores.json choose no photo"),
-        ({"instances": Path("instances.json"), "unit": "token"}, "instances: grounding is of words"),
+        (
+            {"instances": Path("instances.json"), "model": "m", "checkpoint": None, "quantize": "4bit"},
+            "instances: a control",
+        ),
         ({"instances": Path("odd.json")}, r"segmentation of annotation None is \[\[1, 2\]\]; expected polygons"),
         ({"overwrite": True, "output": "photos"}, "output: .*photos is read by this command; give another name"),
     ],
