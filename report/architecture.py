@@ -1,0 +1,97 @@
+"""The parts of the models, read off the models themselves: built with their shapes and without their weights.
+
+python -m report.architecture --model LLAVA --checkpoints RUN --output architecture.json
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from common.config import run
+from common.files import write_json
+from models.captioner import Captioner, build_captioner
+from models.checkpoint import check_checkpoint, find_checkpoint
+from models.decoder import causal_lm, linear_layers
+from models.hub import loading
+from models.training import STAGES, parts_of
+from models.vlm import PROMPT, chat_prompt
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str
+    """A vision-language model of transformers: hub id or local folder."""
+    checkpoints: list[Path]
+    """Runs of p2_train.py."""
+    output: Path
+    """JSON to write: for each model its name and its parts."""
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def shape_of(config: Any) -> str:
+    """The size of a network of transformers, by its configuration."""
+    names = {"num_hidden_layers": "layers", "hidden_size": "wide", "vocab_size": "tokens known"}
+    return ", ".join(f"{getattr(config, key):,} {word}" for key, word in names.items() if hasattr(config, key))
+
+
+def captioner_parts(captioner: Captioner) -> list[dict[str, Any]]:
+    """The parts of our captioner in the order in which a photo passes them, with the stages that train each."""
+    encoder, decoder, lora = captioner.encoder, causal_lm(captioner.decoder), captioner.config.lora
+    layers = sum("lora_A" in name for name, _ in captioner.decoder.named_parameters())
+    patches, text = f"{encoder.tokens} x {encoder.width}", decoder.get_input_embeddings().embedding_dim
+    about = {
+        "encoder": (type(encoder.net).__name__, f"photo {encoder.transform.size} px -> {patches}"),
+        "projector": (captioner.config.projector.kind, f"{patches} -> {encoder.tokens} x {text}"),
+        "lora": ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {layers} linear layers"),
+        "decoder": (type(decoder).__name__, shape_of(decoder.config)),
+    }
+    parts = []
+    for name, parameters in parts_of(captioner).items():
+        kind, shape = about[name]
+        stages = [stage for stage, trained in STAGES.items() if name in trained]
+        total = sum(parameter.numel() for _, parameter in parameters)
+        parts.append({"part": name, "kind": kind, "shape": shape, "parameters": total, "stages": stages})
+    return parts
+
+
+def vlm_parts(model: str) -> list[dict[str, Any]]:
+    """The parts of a vision-language model; nothing of it trains. Raises UserError where it cannot be read."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    with loading(f"model: could not load {model}", Path(model).is_dir()):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+        with torch.device("meta"):
+            lm = AutoModelForImageTextToText.from_config(config)
+    ids = processor(images=Image.new("RGB", (336, 336)), text=chat_prompt(processor, PROMPT))["input_ids"][0]
+    seen = f"{list(ids).count(config.image_token_id)} image tokens of a square photo"
+    parts = []
+    for name, module in [*lm.model.named_children(), ("lm_head", lm.get_output_embeddings())]:
+        linear = [module.get_submodule(one) for one in linear_layers(module)]
+        own = getattr(module, "config", None)
+        shape = (
+            shape_of(own) if own else " -> ".join([str(linear[0].in_features), *(str(x.out_features) for x in linear)])
+        )
+        shape += f"; {seen}" if "projector" in name else ""
+        parts.append({"part": name, "kind": type(module).__name__, "shape": shape, "parameters": count(module)})
+    return [part | {"stages": []} for part in parts]
+
+
+def main(cfg: Config) -> None:
+    models = [{"name": cfg.model, "parts": vlm_parts(cfg.model)}]
+    for path in cfg.checkpoints:
+        captioner = build_captioner(check_checkpoint(find_checkpoint(path)), load_weights=False)
+        models.append({"name": str(path), "parts": captioner_parts(captioner)})
+    write_json(cfg.output, models)
+    print(cfg.output)
+
+
+if __name__ == "__main__":
+    run(main, Config)
