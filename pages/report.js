@@ -10,6 +10,8 @@ function drawn(tag, attributes, text) {
   return element;
 }
 
+const GROUNDING = [["match_at_1", "Match@1"], ["pair_win", "PairWin"], ["pointing", "pointing game"], ["auroc", "AUROC"]];
+
 const short = value => Math.abs(value) >= 1000 || Number.isInteger(value) ? String(Math.round(value))
   : value.toPrecision(2);
 
@@ -64,11 +66,11 @@ const boxes = parts => make("div", {class: "boxes"}, ...parts.map(part =>
     make("span", {}, part.stages.length ? `trained in ${part.stages.join(" and ")}` : "frozen"))));
 
 // a tile for each word and method: the grey photo, the map over the part that the model sees
-function maps(photo) {
+function maps(photo, methods) {
   const image = new Image();
   const tiles = [];
-  const rows = Object.entries(photo.maps).map(([method, text]) => {
-    const values = bytes(text), count = photo.grid[0] * photo.grid[1];
+  const rows = methods.map(method => {
+    const values = bytes(photo.maps[method]), count = photo.grid[0] * photo.grid[1];
     return make("div", {class: "method"}, make("b", {}, method), ...photo.words.map((word, i) => {
       const canvas = make("canvas", {width: 160, height: Math.round(160 * photo.size[1] / photo.size[0])});
       tiles.push([canvas, values.subarray(i * count, (i + 1) * count)]);
@@ -80,8 +82,15 @@ function maps(photo) {
   return [make("div", {}, photo.caption), ...rows];
 }
 
+// left, top, width and height, in percent, of what the model sees of a photo
+function seen({box, size, words}) {
+  if (!words[0].shares) return box;
+  const [left, top, right, bottom] = box.map((edge, i) => 100 * edge / size[i % 2]);
+  return [left, top, right - left, bottom - top];
+}
+
 function paint(canvas, image, values, photo) {
-  const [rows, columns] = photo.grid, [left, top, width, height] = photo.box;
+  const [rows, columns] = photo.grid, [left, top, width, height] = seen(photo);
   const patches = make("canvas", {width: columns, height: rows}), small = patches.getContext("2d");
   const picture = small.createImageData(columns, rows);
   values.forEach((value, i) =>
@@ -94,14 +103,40 @@ function paint(canvas, image, values, photo) {
   context.drawImage(patches, left * part[0], top * part[1], width * part[0], height * part[1]);
 }
 
+const explained = {
+  published: "Columns named published hold the figures of the course report: LLaVA-1.5-7B, and CLIP ViT-L/14 with GPT-2 "
+    + "small, on the photos of a course, which are not public. The figures beside them are of other photos, and on drawn "
+    + "scenes of other weights too. So they cannot be equal; what can be compared is which one is higher.",
+  diversity: "Self-CIDEr: CIDEr-D of a caption against the captions of the same photo by other seeds. At most 10; "
+    + "the lower, the more diverse.",
+};
+
+// how a block is shown, by the key that holds its content
+const shown = {
+  explain: one => [make("p", {}, explained[one.explain])],
+  finding: one => [make("p", {class: "said"}, one.finding)],
+  verbatim: one => [make("pre", {}, one.verbatim)],
+  table: one => [table(one.table)],
+  boxes: one => [boxes(one.boxes)],
+  parameters: one => [table({head: ["part", "parameters", "align", "finetune"], rows: one.parameters.map(part =>
+    [part.part, part.parameters, ...["align", "finetune"].map(stage =>
+      part.stages.includes(stage) ? "trained" : "frozen")])})],
+  grounding: one => [table({head: ["", ...GROUNDING.map(([, label]) => label)], rows: Object.entries(one.grounding).map(
+    ([row, scores]) => [row, ...GROUNDING.map(([metric]) => scores[metric])])})],
+  curves: one => curves(one.curves),
+  attention: one => Array.isArray(one.attention)
+    ? curves(Object.fromEntries(["photo", "caption so far", "first token"].map((part, n) =>
+      [`${part}, percent by layer`, one.attention.map((layer, i) => [i + 1, layer[n]])])))
+    : [make("p", {class: "said"},
+      `${Math.round(100 * one.attention)}% goes to the photo: mean over words, layers and heads.`)],
+  photo: one => [make("div", {class: "photo"}, make("img", {src: one.photo, alt: one.about}),
+    make("dl", {}, ...one.lines.flatMap(([name, text]) => [make("dt", {}, name), make("dd", {}, text)])))],
+  maps: one => maps(one.maps, one.methods),
+};
+
 function block(one) {
-  if (one.text) return make("p", {}, one.text);
-  const parts = one.finding ? [make("p", {class: "finding"}, one.finding)]
-    : one.table ? [table(one.table)] : one.boxes ? [boxes(one.boxes)] : one.curves ? curves(one.curves)
-    : one.maps ? maps(one.maps)
-    : [make("div", {class: "photo"}, make("img", {src: one.photo, alt: one.about}),
-      make("dl", {}, ...one.lines.flatMap(([name, text]) => [make("dt", {}, name), make("dd", {}, text)])))];
-  return make("figure", {}, ...(one.about ? [make("figcaption", {}, one.about)] : []), ...parts,
+  const kinds = Object.keys(shown).filter(key => key in one), parts = kinds.flatMap(key => shown[key](one));
+  return make("figure", {class: kinds.join(" ")}, ...(one.about ? [make("figcaption", {}, one.about)] : []), ...parts,
     ...(one.by || []).map(output => make("p", {class: "by"}, data.commands[output])));
 }
 

@@ -18,14 +18,14 @@ from pathlib import Path
 from jsonargparse.typing import PositiveInt
 
 from common.config import UserError, check, parse_config, run
-from common.files import written_whole
 from data.annotations import find_data
 from data.predictions import read_predictions
 from report.page import write_report
-from report.results import read, six_figures
+from report.results import read
 from report.stamps import run_steps
 from report.steps import PHOTO, Setting, make_steps
 
+SIX = ("cider", "cider_shuffled", "cider_llava_best", "match_at_1", "match_at_1_last_mean", "pointing")
 SMALL = {"scenes": " --train 300 --val 40", "steps": " --clip_steps 60 --gpt2_steps 60 --llava_steps 60"}
 
 
@@ -83,14 +83,13 @@ def real_setting(cfg: Config) -> Setting:
 def print_pdf(page: Path) -> Path | None:
     """Print the page by headless Chromium; None where there is none, or where it fails."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    pdf = page.with_name("report.pdf")
+    pdf = page.with_name("report.pdf").resolve()
+    pdf.unlink(missing_ok=True)
     if browser:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer", "--virtual-time-budget=20000"]
-        with written_whole(pdf) as part:
-            command = [browser, *flags, f"--print-to-pdf={part.resolve()}", page.resolve().as_uri()]
-            subprocess.run(command, capture_output=True, timeout=300)
-            part.touch()
-    return pdf if pdf.exists() and pdf.stat().st_size else None
+        command = [browser, *flags, f"--print-to-pdf={pdf}", page.resolve().as_uri()]
+        subprocess.run(command, capture_output=True, timeout=300)
+    return pdf if pdf.exists() else None
 
 
 def main(cfg: Config) -> None:
@@ -101,16 +100,16 @@ def main(cfg: Config) -> None:
     s = real_setting(cfg) if cfg.data else drawn_setting(cfg)
     steps = make_steps(s, ("demo",) if cfg.demo else ("demo", "report"))
     run_steps(steps)
-    figures = read(s.work / "summary.json") if cfg.demo else six_figures(s)
-    print("\n" + "\n".join(f"  {name:40}{value:>8.3f}" for name, value in figures.items()))
+    figures = read(s.work / "summary.json")
+    for name in (name for name in (figures if cfg.demo else SIX) if name in figures):
+        print(f"  {name:28}{figures[name]:>8.3f}")
     if s.drawn:
         print(f"\n  {PHOTO.name}: {read_predictions(s.work / 'photo.json')[PHOTO.stem]}")
     pages = [s.work / "scores.html", *(s.work / f"look_{name}/index.html" for name in ("photo", "ours", "llava"))]
     if not cfg.demo:
-        pages = [cfg.output / "index.html"]
-        write_report(pages[0], s, steps)
-        pages += filter(None, [print_pdf(pages[0])])
-    print("\n" + ", ".join(map(str, pages)))
+        write_report(cfg.output / "index.html", s, steps)
+        pages = [cfg.output / "index.html", print_pdf(cfg.output / "index.html")]
+    print("\nPages: " + ", ".join(map(str, filter(None, pages))))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The parts of the models, read off the models themselves: built with their shapes and without their weights.
 
-python -m report.architecture --model LLAVA --checkpoints RUN --output architecture.json
+    python -m report.architecture --model LLAVA --checkpoints RUN --output architecture.json
+
+The JSON lists the models, and for each its parts in the order in which a photo passes them.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,18 +34,20 @@ class Config:
     """JSON to write: for each model its name and its parts."""
 
 
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def shape_of(config: Any) -> str:
     """The size of a network of transformers, by its configuration."""
     names = {"num_hidden_layers": "layers", "hidden_size": "wide", "vocab_size": "tokens known"}
     return ", ".join(f"{getattr(config, key):,} {word}" for key, word in names.items() if hasattr(config, key))
 
 
+def part_of(name: str, kind: str, shape: str, parameters: Iterable[nn.Parameter], stages: Sequence[str] = ()) -> dict:
+    """A part, with the stages that train it."""
+    total = sum(parameter.numel() for parameter in parameters)
+    return {"part": name, "kind": kind, "shape": shape, "parameters": total, "stages": stages}
+
+
 def captioner_parts(captioner: Captioner) -> list[dict[str, Any]]:
-    """The parts of our captioner in the order in which a photo passes them, with the stages that train each."""
+    """The parts of our captioner, with the stages that train each."""
     encoder, decoder, lora = captioner.encoder, causal_lm(captioner.decoder), captioner.config.lora
     layers = sum("lora_A" in name for name, _ in captioner.decoder.named_parameters())
     patches, text = f"{encoder.tokens} x {encoder.width}", decoder.get_input_embeddings().embedding_dim
@@ -52,13 +57,8 @@ def captioner_parts(captioner: Captioner) -> list[dict[str, Any]]:
         "lora": ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {layers} linear layers"),
         "decoder": (type(decoder).__name__, shape_of(decoder.config)),
     }
-    parts = []
-    for name, parameters in parts_of(captioner).items():
-        kind, shape = about[name]
-        stages = [stage for stage, trained in STAGES.items() if name in trained]
-        total = sum(parameter.numel() for _, parameter in parameters)
-        parts.append({"part": name, "kind": kind, "shape": shape, "parameters": total, "stages": stages})
-    return parts
+    stages = {name: [stage for stage, trained in STAGES.items() if name in trained] for name in about}
+    return [part_of(name, *about[name], dict(own).values(), stages[name]) for name, own in parts_of(captioner).items()]
 
 
 def vlm_parts(model: str) -> list[dict[str, Any]]:
@@ -75,13 +75,11 @@ def vlm_parts(model: str) -> list[dict[str, Any]]:
     parts = []
     for name, module in [*lm.model.named_children(), ("lm_head", lm.get_output_embeddings())]:
         linear = [module.get_submodule(one) for one in linear_layers(module)]
-        own = getattr(module, "config", None)
-        shape = (
-            shape_of(own) if own else " -> ".join([str(linear[0].in_features), *(str(x.out_features) for x in linear)])
-        )
-        shape += f"; {seen}" if "projector" in name else ""
-        parts.append({"part": name, "kind": type(module).__name__, "shape": shape, "parameters": count(module)})
-    return [part | {"stages": []} for part in parts]
+        widths = [one.in_features for one in linear[:1]] + [one.out_features for one in linear]
+        shape = shape_of(module.config) if hasattr(module, "config") else " -> ".join(map(str, widths))
+        shape += f"; {seen}" * ("projector" in name)
+        parts.append(part_of(name, type(module).__name__, shape, module.parameters()))
+    return parts
 
 
 def main(cfg: Config) -> None:

@@ -10,196 +10,153 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from metrics.table import LABELS
-from models.training import STAGES
 from pages.page import write_page
-from report.results import finding, likeness, losses, read, read_heatmaps, read_settings, score_of, self_cider
+from report.results import changes_of, finding, likeness, losses, read, read_heatmaps, score_of, self_cider
 from report.stamps import read_stamp
 from report.steps import DECODINGS, Setting, Step
 
+NAMES = {"llava": "the vision-language model", "ours": "our captioner"}
 METHODS = ("last_mean", "last_max", "penult_mean", "penult_max")  # of the course report
-PUBLISHED = {  # of the course report: CIDEr, CLIPScore; and by rank the trainable parameters
-    "best": (1.1434, 0.7726), "moderate": (0.9324, 0.7736), "diverse": (0.7376, 0.7606),
-    8: (0.9717, 0.7331, 2_375_048), 16: (0.9885, 0.7353, 3_962_896), 32: (0.9727, 0.7367, 7_138_592),
+PUBLISHED = {  # in the course report: CIDEr, CLIPScore; by rank also the trainable parameters
+    "best": ("1.1434", "0.7726"), "moderate": ("0.9324", "0.7736"), "diverse": ("0.7376", "0.7606"),
+    8: ("0.9717", "0.7331", 2_375_048), 16: ("0.9885", "0.7353", 3_962_896), 32: ("0.9727", "0.7367", 7_138_592),
 }  # fmt: skip
-WHY = (
-    "Columns named published hold the figures of the course report: LLaVA-1.5-7B, and CLIP ViT-L/14 with GPT-2 small, "
-    "on the photos of a course, which are not public. The figures beside them are of other photos, and on drawn scenes "
-    "of other weights too. So they cannot be equal; what can be compared is which one is higher."
-)
-NAMES = {"ours": "our captioner", "llava": "the vision-language model"}
-GROUNDING = ("match_at_1", "pair_win", "pointing", "auroc")
-SHOWN = (
-    "encoder.model",
-    "projector.kind",
-    "decoder.model",
-    "lora.rank",
-    "lora.alpha",
-    "batch_size",
-    "captions_per_row",
-)
-SHOWN += ("precision", *(f"{stage}.{key}" for stage in STAGES for key in ("epochs", "lr", "schedule", "min_lr")))
-Block = dict[str, Any]
 
 
-def table(about: str, head: list, rows: list, *by: str) -> Block:
+def table(about: str, head: list, rows: list, *by: str) -> dict[str, Any]:
     return {"about": about, "table": {"head": head, "rows": rows}, "by": by}
 
 
-def changes_of(compared: dict, metric: str) -> dict[str, dict]:
-    """Paired differences from the first run, by the name of the other run."""
-    return {change["run"]: change for change in compared.get("paired", ()) if change["metric"] == metric}
-
-
-def architecture(s: Setting) -> Iterator[Block]:
-    for name, model in zip(("llava", "ours"), read(s.work / "architecture.json")):
+def architecture(s: Setting) -> Iterator[dict]:
+    for name, model in zip(NAMES, read(s.work / "architecture.json")):
         yield {"boxes": model["parts"], "about": f"{NAMES[name]}: {model['name']}", "by": ["architecture.json"]}
 
 
-def decodings(s: Setting, photo: dict) -> Iterator[Block]:
-    """P1: settings, captions of one photo, scores, diversity."""
-    compared = read(s.work / "scores.json")
-    runs, files = compared["runs"], [*(s.work / f"llava.{name}.json" for name in DECODINGS), s.work / "val.json"]
-    names = [*DECODINGS, "ours, greedy"]
+# ------------------------------------------------------------------------------------------- P1
+
+
+def decodings(s: Setting, photo: dict) -> Iterator[dict]:
+    """Settings, captions of one photo, scores, diversity."""
+    yield {"explain": "published"}
+    files = {name: s.work / f"llava.{name}.json" for name in DECODINGS} | {"ours, greedy": s.work / "val.json"}
     keys = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
-    metas = [read(file.with_suffix(".meta.json"))["decoding"] for file in files[:3]]
-    settings = [[name, *(meta[key] for key in keys)] for name, meta in zip(names, metas)]
-    yield table("The three decodings", ["", *keys], settings, "llava.json")
-    lines = [[name, read(file)[photo["stem"]]] for name, file in zip(names, files)]
+    made = {name: read(files[name].with_suffix(".meta.json"))["decoding"] for name in DECODINGS}
+    rows = [[name, *(made[name][key] for key in keys)] for name in DECODINGS]
+    yield table("The three decodings", ["", *keys], rows, "llava.json")
+    lines = [[name, read(file)[photo["stem"]]] for name, file in files.items()]
     yield {"photo": photo["photo"], "lines": lines, "about": photo["stem"], "by": ["llava.json", "val.json"]}
 
-    rows, found, columns = [[name] for name in names], [], ("unique", "length", "vocabulary", "distinct2")
+    compared, rows, found = read(s.work / "scores.json"), [[name] for name in files], []
     for place, metric in enumerate(("cider", "clipscore")):
         changes = changes_of(compared, metric)
-        for row, run in zip(rows, runs):
-            change, published = changes.get(run["name"], ""), PUBLISHED.get(row[0], ("", ""))[place]
-            row += [score_of(run, metric), change, published]
-            found += [finding(LABELS[metric], row[0], "best", [change])] if change else []
+        for row, run in zip(rows, compared["runs"]):
+            change = changes.get(run["name"], "")
+            row += [score_of(run, metric), change, PUBLISHED.get(row[0], ("", ""))[place]]
+            found += [{"finding": finding(LABELS[metric], row[0], "best", [change])}] if change else []
     head = ["", *(text for name in ("CIDEr-D", "CLIPScore") for text in (name, "less best", "published"))]
-    yield table(f"Scores of {runs[0]['n']} photos; 95% intervals over photos", head, rows, "scores.json")
-    yield from ({"finding": text} for text in found)
-    alike = self_cider(s)
-    varied = [[name, *(run["corpus"][key] for key in columns), alike[name]] for name, run in zip(DECODINGS, runs)]
-    about = (
-        "How diverse the captions are. Self-CIDEr: a caption against others of its photo by other seeds; 10: all alike"
-    )
-    yield table(about, ["", *(LABELS[key] for key in columns), "self-CIDEr"], varied, "scores.json", "again_1.json")
+    yield table(f"Scores of {compared['runs'][0]['n']} photos; 95% intervals over photos", head, rows, "scores.json")
+    yield from found
+    alike, columns = self_cider(s), ("unique", "length", "vocabulary", "distinct2")
+    scores = {name: run["corpus"] for name, run in zip(DECODINGS, compared["runs"])}
+    rows = [[name, *(scores[name][key] for key in columns), alike[name]] for name in scores]
+    head = ["", *(LABELS[key] for key in columns), "self-CIDEr"]
+    yield table("How diverse the captions are", head, rows, "scores.json", "again_1.json") | {"explain": "diversity"}
 
 
-def training(s: Setting) -> Iterator[Block]:
-    """P2: the captioner that is shown, then the configs side by side."""
-    settings, models = read_settings(s.work / "p2"), read(s.work / "architecture.json")[1:]
-    yield table("Hyper-parameters", ["setting", "value"], [[key, str(settings[key])] for key in SHOWN], "p2")
-    rows = [
-        [part["part"], part["parameters"], *("trained" if stage in part["stages"] else "frozen" for stage in STAGES)]
-        for part in models[0]["parts"]
-    ]
-    yield table("Parameters by part and stage", ["part", "parameters", *STAGES], rows, "architecture.json")
-    curves = losses(s.work / "p2")
-    rate = {"learning rate": curves.pop("learning rate")}
+# ------------------------------------------------------------------------------------------- P2
+
+
+def training(s: Setting) -> Iterator[dict]:
+    """The captioner that is shown, then the configs side by side."""
+    models, (curves, rate) = read(s.work / "architecture.json")[1:], losses(s.work / "p2")
+    yield {"verbatim": s.captioner.read_text(encoding="utf-8"), "about": f"Hyper-parameters: {s.captioner}"}
+    yield {"parameters": models[0]["parts"], "about": "Parameters by part and stage", "by": ["architecture.json"]}
     yield {"curves": curves, "about": "Loss a supervised token (nats), by optimizer step"}
     yield {"curves": rate, "about": "Learning rate, by optimizer step", "by": ["p2"]}
     yield from configs(s, models[1:])
 
 
-def configs(s: Setting, models: list[dict]) -> Iterator[Block]:
+def configs(s: Setting, models: list[dict]) -> Iterator[dict]:
     """The configs that are compared, and whether they differ."""
-    files = [f"compared_{seed}.json" for seed in range(s.seeds)]
-    compared = [read(s.work / file) for file in files]
-    rows, means, spreads, found = [], [], [], []
+    compared = {f"compared_{seed}.json": read(s.work / f"compared_{seed}.json") for seed in range(s.seeds)}
+    rows, scores, found = [], [], []
     for i, (config, model) in enumerate(zip(s.configs, models)):
         folders = [s.run(config, seed) for seed in range(s.seeds)]
-        rank, alpha = (read_settings(folders[0])[f"lora.{key}"] for key in ("rank", "alpha"))
-        cider, clip, trained = PUBLISHED.get(rank, ("", "", ""))
-        runs = [one["runs"][i] if "runs" in one else one for one in compared]
-        scores = [run["corpus"]["cider"] for run in runs]
-        means, spreads = [*means, np.mean(scores)], [*spreads, max(scores) - min(scores)]
-        own = sum(part["parameters"] for part in model["parts"] if part["stages"])
-        loss = [min(value for _, value in losses(folder)["validation"]) for folder in folders]
-        row = [
-            config.stem,
-            f"{rank}, {alpha:g}",
-            own,
-            trained,
-            loss,
-            [score_of(run, "cider") for run in runs],
-            means[-1],
-        ]
-        rows.append([*row, cider, [score_of(run, "clipscore") for run in runs], clip])
-        changes = [changes_of(one, "cider").get(run["name"]) for one, run in zip(compared, runs)] if i else []
-        found += [finding(LABELS["cider"], config.stem, s.configs[0].stem, changes)] if i else []
-    head = ["config", "rank, alpha", "trained parameters", "published", "validation loss", "CIDEr-D", "mean"]
-    about = f"Configs compared; {s.seeds} seeds each, in the order of the seeds"
-    yield table(about, [*head, "published", "CLIPScore", "published"], rows, *files)
+        lora = yaml.safe_load((folders[0] / "config.yaml").read_text(encoding="utf-8"))["lora"]
+        cider, clip, published = PUBLISHED.get(lora["rank"], ("", "", ""))
+        runs = [one["runs"][i] if "runs" in one else one for one in compared.values()]
+        scores.append([run["corpus"]["cider"] for run in runs])
+        trained = sum(part["parameters"] for part in model["parts"] if part["stages"])
+        best = [min(loss for _, loss in losses(folder)[0]["validation"]) for folder in folders]
+        row = [config.stem, f"{lora['rank']}, {lora['alpha']:g}", trained, published, best]
+        row += [[score_of(run, "cider") for run in runs], float(np.mean(scores[-1])), cider]
+        rows.append([*row, [score_of(run, "clipscore") for run in runs], clip])
+        if i:
+            changes = [changes_of(one, "cider")[run["name"]] for one, run in zip(compared.values(), runs)]
+            found.append({"finding": finding(LABELS["cider"], config.stem, s.configs[0].stem, changes)})
+    head = ["config", "rank, alpha", "trained", "published", "validation loss", "CIDEr-D", "mean", "published"]
+    about = f"Configs compared, each trained with {s.seeds} seed{'s' * (s.seeds > 1)}; figures in the order of the seeds"
+    yield table(about, [*head, "CLIPScore", "published"], rows, *compared)
+    yield from found
     if s.seeds > 1 and len(rows) > 1:
-        other = f"another config changes its mean by up to {max(means) - min(means):.3f}"
-        found.append(f"Another seed changes CIDEr-D by up to {max(spreads):.3f}, {other}.")
-    yield from ({"finding": text} for text in found)
+        seed, config = np.ptp(scores, axis=1).max(), np.ptp(np.mean(scores, axis=1))
+        text = (
+            f"Another seed changes CIDEr-D by up to {seed:.3f}, another config changes its mean by up to {config:.3f}."
+        )
+        yield {"finding": text}
 
 
-def maps(name: str, folder: str, photo: dict, methods: tuple[str, ...]) -> Block:
+# ------------------------------------------------------------------------------------------- P3
+
+
+def maps(name: str, folder: str, photo: dict, methods: tuple[str, ...]) -> dict[str, Any]:
     """Words x methods of one photo."""
-    kept = {key: photo[key] for key in ("photo", "size", "box", "grid", "words", "caption")}
-    if "shares" in photo["words"][0]:  # then the seen box is given in pixels: left, top, right, bottom
-        (left, top, right, bottom), (width, height) = photo["box"], photo["size"]
-        box = left / width, top / height, (right - left) / width, (bottom - top) / height
-        kept["box"] = [100 * share for share in box]
-    kept["maps"] = {method: photo["maps"][method] for method in dict.fromkeys(methods)}
-    return {"maps": kept, "about": ", ".join(filter(None, (photo["stem"], name, photo["note"]))), "by": [folder]}
+    about = ", ".join(filter(None, (photo["stem"], NAMES.get(name, name), photo["note"])))
+    return {"maps": photo, "methods": list(dict.fromkeys(methods)), "about": about, "by": [folder]}
 
 
-def heatmaps(s: Setting, same: dict[str, dict]) -> Iterator[Block]:
-    """P3: five photos by the report's methods, the best and the worst photo, shares of attention."""
+def heatmaps(s: Setting, same: dict[str, dict]) -> Iterator[dict]:
+    """Five photos by the report's methods, the best and the worst photo, shares of attention."""
     photos = {name: {photo["stem"]: photo for photo in page["photos"]} for name, page in same.items()}
     stems = [stem for stem in photos["ours"] if stem in photos["llava"]]
     for stem in stems[:: max(1, len(stems) // 5)][:5]:
         for name in same:
-            yield maps(NAMES[name], f"same_{name}", photos[name][stem], (*METHODS, s.method))
+            yield maps(name, f"same_{name}", photos[name][stem], (*METHODS, s.method))
     for name in same:
         chosen = read_heatmaps(s.work / f"look_{name}")["photos"]
         for photo in (chosen[0], chosen[-1]):
-            yield maps(NAMES[name], f"look_{name}", photo, ("last_mean", s.method))
+            yield maps(name, f"look_{name}", photo, ("last_mean", s.method))
     if s.drawn:
         (photo,) = read_heatmaps(s.work / "look_photo")["photos"]
         yield maps("the captioner that ships", "look_photo", photo, ("last_mean", "fuse"))
     for name, page in same.items():
-        words = [word for photo in page["photos"] for word in photo["words"]]
-        if "shares" in words[0]:
-            means = np.mean([word["shares"] for word in words], axis=0).T.tolist()  # three parts by layer
-            parts = zip(("photo", "caption so far", "first token"), means)
-            curves = {part: list(enumerate(shares, 1)) for part, shares in parts}
-            yield {"curves": curves, "about": f"Attention in percent by layer, {NAMES[name]}", "by": [f"same_{name}"]}
-        else:
-            share = 100 * np.mean([word["mass"] for word in words])
-            text = (
-                f"Of the attention of {NAMES[name]}, {share:.0f}% goes to the photo (mean over words, layers, heads)."
-            )
-            yield {"finding": text, "by": [f"same_{name}"]}
+        words = [word.get("shares", word.get("mass")) for photo in page["photos"] for word in photo["words"]]
+        mean = np.mean(words, axis=0).tolist()  # of three parts by layer, or of the photo in all layers
+        yield {"attention": mean, "about": f"Attention of {NAMES[name]}", "by": [f"same_{name}"]}
 
 
-def grounding(s: Setting, same: dict[str, dict]) -> Iterator[Block]:
+def grounding(s: Setting, same: dict[str, dict]) -> Iterator[dict]:
     """Likeness of the words' maps beside Match@1, and the grounding scores with their controls."""
-    files = {name: s.work / f"ground_{name}/grounding.json" for name in same if s.instances}
-    found = {name: read(file) for name, file in files.items()}
+    found = {name: read(s.work / f"ground_{name}/grounding.json") for name in same if s.instances}
     alike = {name: likeness(page["photos"]) for name, page in same.items()}
     rows = [[method] for method in alike["ours"]]
     for row in rows:
         for name in same:
-            row += [alike[name][row[0]], found[name]["rows"][row[0]]["match_at_1"]["score"] if found else ""]
+            row += [alike[name][row[0]], found[name]["rows"][row[0]]["match_at_1"] if found else ""]
     head = ["method", *(f"{what}, {name}" for name in same for what in ("likeness", "Match@1"))]
     about = "How alike the maps of one caption's words are (mean correlation; 1: the same map), beside Match@1"
     yield table(about, head, rows, "same_ours", "same_llava")
     for name, of in alike.items():
-        low, high = min(of, key=of.get), max(of, key=of.get)
-        text = f"The maps of one caption's words are most alike with {high} ({of[high]:.2f})"
-        yield {"finding": f"{NAMES[name]}: {text}, and least with {low} ({of[low]:.2f})."}
-    for name, result in found.items():
-        rows = [[row, *(scores[metric] for metric in GROUNDING)] for row, scores in result["rows"].items()]
-        about = (
-            f"{NAMES[name]}: {result['objects']} objects named in {result['photos']} photos; the last rows are controls"
+        ends = " and least with ".join(
+            f"{method} ({of[method]:.2f})" for method in sorted(of, key=of.get)[:: 1 - len(of)]
         )
-        yield table(about, ["", *GROUNDING], rows, f"ground_{name}")
+        yield {"finding": f"{NAMES[name]}: the maps of one caption's words are most alike with {ends}."}
+    for name, result in found.items():
+        about = f"{NAMES[name]}: {result['objects']} objects named in {result['photos']} photos; controls last"
+        yield {"grounding": result["rows"], "about": about, "by": [f"ground_{name}"]}
         for other, metric in (("last_mean", "match_at_1"), ("last_mean", "pointing"), ("centre", "pointing")):
             if change := result.get(f"less_{other}", {}).get(metric):
                 yield {"finding": f"{NAMES[name]}: {finding(metric, s.method, other, [change])}"}
@@ -211,7 +168,7 @@ def write_report(page: Path, s: Setting, steps: list[Step]) -> None:
     done = [[step.name, f"python {step.command}", read_stamp(step).get("seconds", "")] for step in steps]
     sections = {
         "Architecture": architecture(s),
-        "P1: captions without training": [{"text": WHY}, *decodings(s, same["llava"]["photos"][0])],
+        "P1: captions without training": decodings(s, same["llava"]["photos"][0]),
         "P2: training few parameters": training(s),
         "P3: where each word looked": heatmaps(s, same),
         "Do the maps show what the words name?": grounding(s, same),

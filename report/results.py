@@ -7,27 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from common.config import flatten
 from common.files import JsonLines
 from data.predictions import read_predictions
 from metrics.cider import agreement
-from report.steps import DECODINGS, MORE_SEEDS, Setting
+from report.steps import DECODINGS, Setting
 
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_settings(run: Path) -> dict[str, Any]:
-    """The settings of a training run by dotted name."""
-    return flatten(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
-
-
 def score_of(run: dict, metric: str) -> dict[str, Any]:
     """A run's score and its interval; None where there is none."""
     return {"score": run["corpus"].get(metric), "interval": run["intervals"].get(metric)}
+
+
+def changes_of(compared: dict, metric: str) -> dict[str, dict]:
+    """Paired differences from the first run, by the name of the other run."""
+    return {change["run"]: change for change in compared.get("paired", ()) if change["metric"] == metric}
 
 
 def read_heatmaps(folder: Path) -> dict[str, Any]:
@@ -59,36 +57,32 @@ def self_cider(s: Setting) -> dict[str, float]:
     """
     found = {}
     for name in DECODINGS:
-        others = [s.work / f"again_{seed}.{name}.json" for seed in MORE_SEEDS]
-        runs = [read_predictions(path) for path in others if path.exists()]
-        first = read_predictions(s.work / f"llava.{name}.json")
-        stems = list(runs[0] if runs else read_predictions(s.work / f"again_{MORE_SEEDS[0]}.moderate.json"))
-        drawn = {stem: [first[stem], *(run[stem] for run in runs or [first] * len(others))] for stem in stems}
+        runs = [read_predictions(s.work / f"llava.{name}.json")]
+        more = sorted(s.work.glob("again_*.moderate.json"))  # greedy captions are the same with every seed
+        runs += [
+            runs[0] if name == "best" else read_predictions(s.work / one.name.replace("moderate", name)) for one in more
+        ]
+        drawn = {stem: [run[stem] for run in runs] for stem in list(runs[0])[: s.few]}
         found[name] = float(np.mean([score for scores in agreement(drawn).values() for score in scores]))
     return found
 
 
-def losses(run: Path) -> dict[str, list[tuple[float, float]]]:
-    """Training loss, validation loss and learning rate of a run by optimizer step, of both stages in a row."""
-    curves: dict[str, list] = {"training": [], "validation": [], "learning rate": []}
-    before, step = 0, 0  # steps are counted within an epoch
+def losses(run: Path) -> tuple[dict[str, list], dict[str, list]]:
+    """(step, value) of a run by optimizer step, both stages in a row: training and validation loss; learning rate."""
+    curves: dict[str, list] = {"training": [], "validation": []}
+    before, step, rate = 0, 0, []  # steps are counted within an epoch
     for row in JsonLines(run / "metrics.jsonl").rows():
         if "step" in row:
             step = before + row["step"]
             curves["training"].append((step, row["loss"]))
-            curves["learning rate"].append((step, row["lr"]))
+            rate.append((step, row["lr"]))
         else:
             before = step
             curves["validation"] += [(step, row["val_loss"])] if "val_loss" in row else []
-    return curves
+    return curves, {"learning rate": rate}
 
 
 # ------------------------------------------------------------------------------------------- findings
-
-
-def side(change: dict[str, float]) -> int:
-    """1 or -1 where the interval of a difference lies above or below zero, 0 where it holds zero."""
-    return (change["low"] > 0) - (change["high"] < 0)
 
 
 def finding(metric: str, name: str, against: str, changes: list[dict[str, float]]) -> str:
@@ -97,24 +91,11 @@ def finding(metric: str, name: str, against: str, changes: list[dict[str, float]
     >>> finding("CIDEr-D", "diverse", "best", [{"difference": -0.5, "low": -0.7, "high": -0.4}])
     'CIDEr-D is lower with diverse than with best: -0.500 [-0.700, -0.400].'
     """
-    sides = {side(change) for change in changes}
+    sides = {(change["low"] > 0) - (change["high"] < 0) for change in changes}  # 0: the interval holds zero
     numbers = "; ".join(map("{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format_map, changes))
     seeds = f" with each of {len(changes)} seeds" if len(changes) > 1 else ""
     if len(sides) > 1:
         return f"{metric} does not tell {name} from {against}, since the seeds do not agree: {numbers}."
     if sides == {0}:
-        zero = f"{seeds}, the interval of the difference holds zero" if seeds else " the interval holds zero"
-        return f"{metric} does not tell {name} from {against}:{zero}: {numbers}."
+        return f"{metric} does not tell {name} from {against}; the interval holds zero{seeds}: {numbers}."
     return f"{metric} is {'higher' if sides == {1} else 'lower'} with {name} than with {against}{seeds}: {numbers}."
-
-
-def six_figures(s: Setting) -> dict[str, float]:
-    """The figures that matter most."""
-    runs, own = read(s.work / "scores.json")["runs"], read(s.work / "val.scores.json")["runs"]
-    figures = {"CIDEr-D, vision-language model, greedy": runs[0]["corpus"]["cider"]}
-    figures |= {"CIDEr-D, ours": own[0]["corpus"]["cider"], "CIDEr-D, ours shuffled": own[1]["corpus"]["cider"]}
-    figures |= {"CLIPScore, ours": own[0]["corpus"]["clipscore"]} if own[0]["corpus"]["clipscore"] is not None else {}
-    if s.instances and (file := s.work / "ground_ours/grounding.json").exists():
-        for method in (s.method, "last_mean"):
-            figures[f"Match@1, ours, {method}"] = read(file)["rows"][method]["match_at_1"]["score"]
-    return figures

@@ -50,14 +50,13 @@ def more_flags(step: Step) -> str:
     """What the command needs besides: to go on with its own work if it was stopped, else to replace older work."""
     stamp = read_stamp(step)
     stopped = stamp == wanted_stamp(step)
-    script = " ".join(shlex.split(step.command)[:2])
-    if script.startswith("-m report.") or (script.startswith("-m demo.") and (stopped or not stamp)):
-        return ""  # the first always replace; the second know by themselves what is there and whole
-    if stopped and script.startswith("p2_train.py") and (step.output / "last/trainer.pt").exists():
+    if step.command.startswith(("-m demo.shapes", "-m demo.standins")):  # they know what is there and whole
+        return " --overwrite" if stamp and not stopped else ""
+    if step.command.startswith("-m "):
+        return ""  # they always replace
+    if stopped and step.command.startswith("p2_train.py") and (step.output / "last/trainer.pt").exists():
         return " --resume"
-    if stopped and step.output.with_suffix(".journal.jsonl").exists():
-        return ""
-    return " --overwrite"
+    return "" if stopped and step.output.with_suffix(".journal.jsonl").exists() else " --overwrite"
 
 
 def execute(command: str) -> int:

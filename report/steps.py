@@ -8,8 +8,6 @@ import yaml
 from matplotlib import get_data_path
 
 DECODINGS = ("best", "moderate", "diverse")
-FEW = 20  # photos, for what costs more or is only looked at
-MORE_SEEDS = (1, 2, 3)  # captions sampled anew, to see how far they differ
 PHOTO = Path(get_data_path()) / "sample_data/grace_hopper.jpg"  # a portrait by the U.S. Navy, in the public domain
 SHIPPED = Path("checkpoints/flickr8k")
 
@@ -45,6 +43,11 @@ class Setting:
     """Only so many validation photos."""
     drawn: bool = False
 
+    @property
+    def few(self) -> int:
+        """How many photos are taken for what costs more or is only looked at."""
+        return min(20, self.limit or 20)
+
     def run(self, config: Path, seed: int) -> Path:
         """The run folder of a config."""
         return self.work / ("p2" if (config, seed) == (self.captioner, 0) else f"{config.stem}_{seed}")
@@ -59,24 +62,19 @@ class Setting:
         text = {name: quoted(path) for name, path in paths.items()}
         text |= {"masks": f" --instances {text['instances']}" if self.instances else ""}
         text |= {"checkpoints": quoted(self.work / "p2", *(self.run(config, 0) for config in self.configs))}
-        text |= {"limit": f" --limit {self.limit}" if self.limit else "", "few": str(min(FEW, self.limit or FEW))}
+        text |= {"limit": f" --limit {self.limit}" if self.limit else "", "few": str(self.few)}
         return text | {"clip": "", "train": "", "scenes": "", "steps": "", **self.flags}
 
     def each(self) -> dict[str, list[dict[str, str]]]:
-        """What fills the names in braces of the steps that are repeated."""
-        w, runs, seeds = self.work, [], []
-        ours, llava = quoted(w / "p2"), quoted(self.model)
-        models = [
-            {"name": "ours", "flags": f"--checkpoint {ours}", "source": f"{ours}/best", "scores": "val.scores.json"},
-            {"name": "llava", "flags": f"--model {llava}", "source": llava, "scores": "scores.json"},
-        ]
+        """What fills the names in braces of the steps that are repeated for each run or seed of training."""
+        runs, seeds = [], []
         for seed in range(self.seeds):
             folders = {config: self.run(config, seed) for config in self.configs}
             seeds.append({"seed": str(seed), "files": quoted(*map(self.captions, folders.values()))})
             for config, folder in folders.items():
                 run = {"config": quoted(config), "seed": str(seed), "run": quoted(folder)}
-                runs += [run | {"name": f"{config.stem}, seed {seed}"}] if folder != w / "p2" else []
-        return {"models": models, "runs": runs, "seeds": seeds, "more": [{"seed": str(seed)} for seed in MORE_SEEDS]}
+                runs += [run | {"name": f"{config.stem}, seed {seed}"}] if folder.name != "p2" else []
+        return {"runs": runs, "seeds": seeds}
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,11 @@ class Step:
 def make_steps(s: Setting, parts: tuple[str, ...]) -> list[Step]:
     """The steps of these parts of steps.yaml."""
     written = yaml.safe_load(Path(__file__).with_name("steps.yaml").read_text(encoding="utf-8"))
-    values, each, steps = s.values(), s.each(), []
+    values, steps = s.values(), []
     there = {"drawn": s.drawn, "masks": s.instances is not None, None: True}
     for one in (one for part in parts for one in written[part] if there[one.get("only")]):
-        for own in each.get(one.get("each"), [{}]):
+        for own in (written | s.each()).get(one.get("each"), [{}]):
+            own = {key: text.format_map(values) for key, text in own.items()}
             filled = {key: one.get(key, "").format_map(values | own) for key in ("name", "command", "needs", "makes")}
             paths = (tuple(map(Path, shlex.split(filled[key]))) for key in ("needs", "makes"))
             steps.append(Step(filled["name"], filled["command"], *paths))

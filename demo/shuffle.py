@@ -1,6 +1,8 @@
 """Captions given to the wrong photos: their score is what a captioner that ignores the photo would get.
 
-    python -m report.shuffle --predictions val.json --output val_shuffled.json
+    python -m demo.shuffle --predictions val.json --output val_shuffled.json
+
+No photo keeps its own caption.
 """
 
 import random
@@ -23,7 +25,7 @@ class Config:
 def main(cfg: Config) -> None:
     captions = read_predictions(cfg.predictions)
     order = random.Random(0).sample(list(captions), len(captions))
-    giver = dict(zip(order, order[1:] + order[:1]))  # one cycle, so that no photo keeps its own caption
+    giver = dict(zip(order, order[1:] + order[:1]))  # one cycle: no photo is its own giver
     write_json(cfg.output, {stem: captions[giver[stem]] for stem in captions})
     print(f"{len(captions)} captions in {cfg.output}")
 
