@@ -71,13 +71,12 @@ def vlm_parts(model: str) -> list[dict[str, Any]]:
         with torch.device("meta"):
             lm = AutoModelForImageTextToText.from_config(config)
     ids = processor(images=Image.new("RGB", (336, 336)), text=chat_prompt(processor, PROMPT))["input_ids"][0]
-    seen = f"{list(ids).count(config.image_token_id)} image tokens of a square photo"
     parts = []
     for name, module in [*lm.model.named_children(), ("lm_head", lm.get_output_embeddings())]:
         linear = [module.get_submodule(one) for one in linear_layers(module)]
         widths = [one.in_features for one in linear[:1]] + [one.out_features for one in linear]
         shape = shape_of(module.config) if hasattr(module, "config") else " -> ".join(map(str, widths))
-        shape += f"; {seen}" * ("projector" in name)
+        shape += f"; {list(ids).count(config.image_token_id)} image tokens of a square photo" * ("projector" in name)
         parts.append(part_of(name, type(module).__name__, shape, module.parameters()))
     return parts
 

@@ -98,7 +98,7 @@ def configs(s: Setting, models: list[dict]) -> Iterator[dict]:
             changes = [changes_of(one, "cider")[run["name"]] for one, run in zip(compared.values(), runs)]
             found.append({"finding": finding(LABELS["cider"], config.stem, s.configs[0].stem, changes)})
     head = ["config", "rank, alpha", "trained", "published", "validation loss", "CIDEr-D", "mean", "published"]
-    about = f"Configs compared, each trained with {s.seeds} seed{'s' * (s.seeds > 1)}; figures in the order of the seeds"
+    about = f"Configs compared; runs with {s.seeds} seed{'s' * (s.seeds > 1)}, in the order of the seeds"
     yield table(about, [*head, "CLIPScore", "published"], rows, *compared)
     yield from found
     if s.seeds > 1 and len(rows) > 1:
