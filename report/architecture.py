@@ -21,7 +21,7 @@ from models.checkpoint import check_checkpoint, find_checkpoint
 from models.decoder import causal_lm, linear_layers
 from models.hub import loading
 from models.training import STAGES, parts_of
-from models.vlm import PROMPT, chat_prompt
+from models.vlm import PROMPT, VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ def vlm_parts(model: str) -> list[dict[str, Any]]:
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
             lm = AutoModelForImageTextToText.from_config(config)
-    ids = processor(images=Image.new("RGB", (336, 336)), text=chat_prompt(processor, PROMPT))["input_ids"][0]
+    ids = processor(images=Image.new("RGB", (336, 336)), text=VisionLanguageModel(lm, processor, PROMPT).prompt)[
+        "input_ids"
+    ][0]
     parts = []
     for name, module in [*lm.model.named_children(), ("lm_head", lm.get_output_embeddings())]:
         linear = [module.get_submodule(one) for one in linear_layers(module)]

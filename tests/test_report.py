@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CLIP
+from families import build
 from selenium.webdriver.common.by import By
 
 import common.config
 from common.config import UserError, parse_config
 from common.files import JsonLines
 from report import __main__ as report, results, stamps
+from report.architecture import captioner_parts, vlm_parts
 from report.steps import Step, make_steps
 
 HERE = Path(__file__).parents[1]
@@ -217,3 +219,25 @@ def test_the_command_for_real_weights_runs_to_its_page(place, browser, monkeypat
         wider = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert browser.execute_script(wider) <= 0, f"the page scrolls sideways at {width} px"
     browser.set_window_size(size["width"], size["height"])
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma", "qwen2_5_vl", "idefics3", "internvl"])
+def test_the_architecture_is_that_of_the_model(family, tmp_path):
+    model, processor = build(family)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    parts = vlm_parts(str(tmp_path))
+    counts = {part["part"]: part["parameters"] for part in parts}
+    for name, module in [*model.model.named_children(), ("lm_head", model.lm_head)]:
+        assert counts[name] == sum(parameter.numel() for parameter in module.parameters()), name
+    assert not any(part["stages"] for part in parts)
+
+
+def test_the_architecture_of_ours_names_what_each_stage_trains(make_captioner):
+    captioner = make_captioner()
+    parts = {part["part"]: part for part in captioner_parts(captioner)}
+    assert {name: part["stages"] for name, part in parts.items()} == {
+        "encoder": [], "projector": ["align", "finetune"], "lora": ["finetune"], "decoder": [],
+    }  # fmt: skip
+    assert sum(part["parameters"] for part in parts.values()) == sum(p.numel() for p in captioner.parameters())
+    assert parts["projector"]["shape"] == "17 x 32 -> 17 x 32" and "rank 4, alpha 8" in parts["lora"]["shape"]
