@@ -17,7 +17,7 @@ const short = value => Math.abs(value) >= 1000 || Number.isInteger(value) ? Stri
 
 // lines over one x axis; a line of few points gets a mark on each
 function curves(lines) {
-  const [width, height, left, right, top, bottom] = [640, 220, 52, 10, 10, 26];
+  const [width, height, left, right, top, bottom] = [480, 200, 62, 12, 10, 28];
   const points = Object.values(lines).flat();
   const low = Math.min(0, ...points.map(point => point[1])), high = Math.max(...points.map(point => point[1])) * 1.05 || 1;
   const first = Math.min(...points.map(point => point[0])), last = Math.max(...points.map(point => point[0]));
@@ -27,7 +27,7 @@ function curves(lines) {
   for (let i = 0; i <= 4; i++) {
     const at = low + (high - low) * i / 4, step = first + (last - first) * i / 4;
     svg.append(drawn("line", {class: "axis", x1: left, x2: width - right, y1: y(at), y2: y(at)}),
-      drawn("text", {x: left - 6, y: y(at) + 4, "text-anchor": "end"}, short(at)),
+      drawn("text", {x: left - 6, y: y(at) + 5, "text-anchor": "end"}, short(at)),
       drawn("text", {x: x(step), y: height - 8, "text-anchor": i === 4 ? "end" : "middle"}, short(Math.round(step))));
   }
   Object.values(lines).forEach((line, i) => {
@@ -137,7 +137,8 @@ const shown = {
 function block(one) {
   const kinds = Object.keys(shown).filter(key => key in one), parts = kinds.flatMap(key => shown[key](one));
   return make("figure", {class: kinds.join(" ")}, ...(one.about ? [make("figcaption", {}, one.about)] : []), ...parts,
-    ...(one.by || []).map(output => make("p", {class: "by"}, data.commands[output])));
+    ...(one.by || []).map(output => make("p", {class: "by"},
+      ...data.commands[output].split(" ").flatMap(word => [make("span", {}, word), " "]))));
 }
 
 const sections = Object.entries(data.sections);

@@ -83,11 +83,11 @@ def real_setting(cfg: Config) -> Setting:
 def print_pdf(page: Path) -> Path | None:
     """Print the page by headless Chromium; None where there is none, or where it fails."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    pdf = page.with_name("report.pdf").resolve()
+    pdf = page.with_name("report.pdf")
     pdf.unlink(missing_ok=True)
     if browser:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer", "--virtual-time-budget=20000"]
-        command = [browser, *flags, f"--print-to-pdf={pdf}", page.resolve().as_uri()]
+        command = [browser, *flags, f"--print-to-pdf={pdf.resolve()}", page.resolve().as_uri()]
         subprocess.run(command, capture_output=True, timeout=300)
     return pdf if pdf.exists() else None
 
