@@ -70,9 +70,8 @@ def vlm_parts(model: str) -> list[dict[str, Any]]:
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
             lm = AutoModelForImageTextToText.from_config(config)
-    ids = processor(images=Image.new("RGB", (336, 336)), text=VisionLanguageModel(lm, processor, PROMPT).prompt)[
-        "input_ids"
-    ][0]
+    prompt = VisionLanguageModel(lm, processor, PROMPT).prompt
+    ids = processor(images=Image.new("RGB", (336, 336)), text=prompt)["input_ids"][0]
     parts = []
     for name, module in [*lm.model.named_children(), ("lm_head", lm.get_output_embeddings())]:
         linear = [module.get_submodule(one) for one in linear_layers(module)]

@@ -94,18 +94,17 @@ def configs(s: Setting, models: list[dict]) -> Iterator[dict]:
         row = [config.stem, f"{lora['rank']}, {lora['alpha']:g}", trained, published, best]
         row += [[score_of(run, "cider") for run in runs], float(np.mean(scores[-1])), cider]
         rows.append([*row, [score_of(run, "clipscore") for run in runs], clip])
-        if i:
-            changes = [changes_of(one, "cider")[run["name"]] for one, run in zip(compared.values(), runs)]
-            found.append({"finding": finding(LABELS["cider"], config.stem, s.configs[0].stem, changes)})
+        for metric in ("cider", "clipscore") if i else ():
+            changes = [changes_of(one, metric).get(run["name"]) for one, run in zip(compared.values(), runs)]
+            text = finding(LABELS[metric], config.stem, s.configs[0].stem, list(filter(None, changes)))
+            found += [{"finding": text}] if any(changes) else []
     head = ["config", "rank, alpha", "trained", "published", "validation loss", "CIDEr-D", "mean", "published"]
     about = f"Configs compared; runs with {s.seeds} seed{'s' * (s.seeds > 1)}, in the order of the seeds"
     yield table(about, [*head, "CLIPScore", "published"], rows, *compared)
     yield from found
     if s.seeds > 1 and len(rows) > 1:
         seed, config = np.ptp(scores, axis=1).max(), np.ptp(np.mean(scores, axis=1))
-        text = (
-            f"Another seed changes CIDEr-D by up to {seed:.3f}, another config changes its mean by up to {config:.3f}."
-        )
+        text = f"Another seed changes CIDEr-D by up to {seed:.3f}, another config its mean by up to {config:.3f}."
         yield {"finding": text}
 
 
