@@ -10,7 +10,8 @@ function drawn(tag, attributes, text) {
   return element;
 }
 
-const GROUNDING = [["match_at_1", "Match@1"], ["pair_win", "PairWin"], ["pointing", "pointing game"], ["auroc", "AUROC"]];
+const GROUNDING = [["match_at_1", "Match@1"], ["pair_win", "PairWin"], ["pointing", "pointing game"],
+  ["auroc", "AUROC"]];
 
 const short = value => Math.abs(value) >= 1000 || Number.isInteger(value) ? String(Math.round(value))
   : value.toPrecision(2);
@@ -19,7 +20,8 @@ const short = value => Math.abs(value) >= 1000 || Number.isInteger(value) ? Stri
 function curves(lines) {
   const [width, height, left, right, top, bottom] = [480, 200, 62, 12, 10, 28];
   const points = Object.values(lines).flat();
-  const low = Math.min(0, ...points.map(point => point[1])), high = Math.max(...points.map(point => point[1])) * 1.05 || 1;
+  const low = Math.min(0, ...points.map(point => point[1]));
+  const high = Math.max(...points.map(point => point[1])) * 1.05 || 1;
   const first = Math.min(...points.map(point => point[0])), last = Math.max(...points.map(point => point[0]));
   const x = value => left + (width - left - right) * (value - first) / (last - first || 1);
   const y = value => height - bottom - (height - top - bottom) * (value - low) / (high - low);
@@ -41,7 +43,8 @@ function curves(lines) {
   return [svg, key];
 }
 
-const number = value => value === null ? "none" : Number.isInteger(value) ? value.toLocaleString("en") : value.toFixed(3);
+const number = value =>
+  value === null ? "none" : Number.isInteger(value) ? value.toLocaleString("en") : value.toFixed(3);
 const signed = value => (value < 0 ? "" : "+") + value.toFixed(3);
 
 // a cell: text, a number, a list of cells, a score with its interval, or a difference with its interval and p
@@ -61,8 +64,8 @@ function table({head, rows}) {
 }
 
 const boxes = parts => make("div", {class: "boxes"}, ...parts.map(part =>
-  make("div", {class: part.stages.length ? "box trained" : "box"}, make("b", {}, part.part), make("span", {}, part.kind),
-    make("span", {}, part.shape), make("span", {}, `${part.parameters.toLocaleString("en")} parameters`),
+  make("div", {class: part.stages.length ? "box trained" : "box"}, make("b", {}, part.part),
+    make("span", {}, part.kind), make("span", {}, part.shape), make("span", {}, `${part.parameters.toLocaleString("en")} parameters`),
     make("span", {}, part.stages.length ? `trained in ${part.stages.join(" and ")}` : "frozen"))));
 
 // a tile for each word and method: the grey photo, the map over the part that the model sees
@@ -103,12 +106,16 @@ function paint(canvas, image, values, photo) {
   context.drawImage(patches, left * part[0], top * part[1], width * part[0], height * part[1]);
 }
 
-const explained = {
-  published: "Columns named published hold the figures of the course report: LLaVA-1.5-7B, and CLIP ViT-L/14 with GPT-2 "
-    + "small, on the photos of a course, which are not public. The figures beside them are of other photos, and on drawn "
-    + "scenes of other weights too. So they cannot be equal; what can be compared is which one is higher.",
-  diversity: "Self-CIDEr: CIDEr-D of a caption against the captions of the same photo by other seeds. At most 10; "
-    + "the lower, the more diverse.",
+const explained = {  // by section or block
+  "P1: captions without training": "Columns named published hold the figures of the course report: LLaVA-1.5-7B, and "
+    + "CLIP ViT-L/14 with GPT-2 small, on the photos of a course, which are not public. The figures beside them are of "
+    + "other photos, and on drawn scenes of other weights too. So they cannot be equal; what can be compared is which "
+    + "one is higher.",
+  "P3: where each word looked": "A tile for each word: the photo in grey, and on it the word's map, from dark (nothing) "
+    + "to yellow (the highest hundredth of the caption's values). Negative values are shown as nothing. The last method "
+    + "of each photo is the default.",
+  diversity: "Self-CIDEr: CIDEr-D of a caption against the captions of the same photo by other seeds. At most 10; the "
+    + "lower, the more diverse. The course report says that diversity is what costs CIDEr: compare with the scores above.",
 };
 
 // how a block is shown, by the key that holds its content
@@ -143,4 +150,5 @@ function block(one) {
 
 const sections = Object.entries(data.sections);
 main.append(make("nav", {}, ...sections.map(([title], i) => make("a", {href: `#part${i}`}, title))));
-sections.forEach(([title, blocks], i) => main.append(make("h2", {id: `part${i}`}, title), ...blocks.map(block)));
+sections.forEach(([title, blocks], i) => main.append(make("h2", {id: `part${i}`}, title),
+  ...(explained[title] ? [make("p", {}, explained[title])] : []), ...blocks.map(block)));

@@ -101,7 +101,7 @@ def main(cfg: Config) -> None:
     steps = make_steps(s, ("demo",) if cfg.demo else ("demo", "report"))
     run_steps(steps)
     figures = read(s.work / "summary.json")
-    for name in (name for name in (figures if cfg.demo else SIX) if name in figures):
+    for name in (name for name in (figures if cfg.demo else SIX) if figures.get(name) is not None):
         print(f"  {name:28}{figures[name]:>8.3f}")
     if s.drawn:
         print(f"\n  {PHOTO.name}: {read_predictions(s.work / 'photo.json')[PHOTO.stem]}")

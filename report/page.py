@@ -19,6 +19,7 @@ from report.stamps import read_stamp
 from report.steps import DECODINGS, Setting, Step
 
 NAMES = {"llava": "the vision-language model", "ours": "our captioner"}
+GROUNDING = {"match_at_1": "Match@1", "pointing": "The pointing game"}
 METHODS = ("last_mean", "last_max", "penult_mean", "penult_max")  # of the course report
 PUBLISHED = {  # in the course report: CIDEr, CLIPScore; by rank also the trainable parameters
     "best": ("1.1434", "0.7726"), "moderate": ("0.9324", "0.7736"), "diverse": ("0.7376", "0.7606"),
@@ -40,7 +41,6 @@ def architecture(s: Setting) -> Iterator[dict]:
 
 def decodings(s: Setting, photo: dict) -> Iterator[dict]:
     """Settings, captions of one photo, scores, diversity."""
-    yield {"explain": "published"}
     files = {name: s.work / f"llava.{name}.json" for name in DECODINGS} | {"ours, greedy": s.work / "val.json"}
     keys = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
     made = {name: read(files[name].with_suffix(".meta.json"))["decoding"] for name in DECODINGS}
@@ -158,7 +158,7 @@ def grounding(s: Setting, same: dict[str, dict]) -> Iterator[dict]:
         yield {"grounding": result["rows"], "about": about, "by": [f"ground_{name}"]}
         for other, metric in (("last_mean", "match_at_1"), ("last_mean", "pointing"), ("centre", "pointing")):
             if change := result.get(f"less_{other}", {}).get(metric):
-                yield {"finding": f"{NAMES[name]}: {finding(metric, s.method, other, [change])}"}
+                yield {"finding": f"{NAMES[name]}: {finding(GROUNDING[metric], s.method, other, [change])}"}
 
 
 def write_report(page: Path, s: Setting, steps: list[Step]) -> None:
