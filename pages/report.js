@@ -65,7 +65,8 @@ function table({head, rows}) {
 
 const boxes = parts => make("div", {class: "boxes"}, ...parts.map(part =>
   make("div", {class: part.stages.length ? "box trained" : "box"}, make("b", {}, part.part),
-    make("span", {}, part.kind), make("span", {}, part.shape), make("span", {}, `${part.parameters.toLocaleString("en")} parameters`),
+    make("span", {}, part.kind), make("span", {}, part.shape),
+    make("span", {}, `${part.parameters.toLocaleString("en")} parameters`),
     make("span", {}, part.stages.length ? `trained in ${part.stages.join(" and ")}` : "frozen"))));
 
 // a tile for each word and method: the grey photo, the map over the part that the model sees
@@ -111,11 +112,12 @@ const explained = {  // by section or block
     + "CLIP ViT-L/14 with GPT-2 small, on the photos of a course, which are not public. The figures beside them are of "
     + "other photos, and on drawn scenes of other weights too. So they cannot be equal; what can be compared is which "
     + "one is higher.",
-  "P3: where each word looked": "A tile for each word: the photo in grey, and on it the word's map, from dark (nothing) "
-    + "to yellow (the highest hundredth of the caption's values). Negative values are shown as nothing. The last method "
-    + "of each photo is the default.",
+  "P3: where each word looked": "A tile for each word: the photo in grey, and on it the word's map, from dark "
+    + "(nothing) to yellow (the highest hundredth of the caption's values). Negative values are shown as nothing. The "
+    + "last method of each photo is the default.",
   diversity: "Self-CIDEr: CIDEr-D of a caption against the captions of the same photo by other seeds. At most 10; the "
-    + "lower, the more diverse. The course report says that diversity is what costs CIDEr: compare with the scores above.",
+    + "lower, the more diverse. The course report says that diversity is what costs CIDEr: compare with the scores "
+    + "above.",
 };
 
 // how a block is shown, by the key that holds its content
