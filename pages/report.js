@@ -27,10 +27,14 @@ function curves(lines) {
   const y = value => height - bottom - (height - top - bottom) * (value - low) / (high - low);
   const svg = drawn("svg", {viewBox: `0 0 ${width} ${height}`, role: "img"});
   for (let i = 0; i <= 4; i++) {
-    const at = low + (high - low) * i / 4, step = first + (last - first) * i / 4;
+    const at = low + (high - low) * i / 4;
     svg.append(drawn("line", {class: "axis", x1: left, x2: width - right, y1: y(at), y2: y(at)}),
-      drawn("text", {x: left - 6, y: y(at) + 5, "text-anchor": "end"}, short(at)),
-      drawn("text", {x: x(step), y: height - 8, "text-anchor": i === 4 ? "end" : "middle"}, short(Math.round(step))));
+      drawn("text", {x: left - 6, y: y(at) + 5, "text-anchor": "end"}, short(at)));
+  }
+  const ticks = Math.max(1, Math.min(4, last - first));  // whole numbers only: steps, or layers
+  for (let i = 0; i <= ticks; i++) {
+    const at = Math.round(first + (last - first) * i / ticks);
+    svg.append(drawn("text", {x: x(at), y: height - 8, "text-anchor": i === ticks ? "end" : "middle"}, at));
   }
   Object.values(lines).forEach((line, i) => {
     const path = line.map(point => `${x(point[0]).toFixed(1)},${y(point[1]).toFixed(1)}`).join(" ");
