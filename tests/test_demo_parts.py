@@ -14,7 +14,7 @@ from pycocotools import mask as run_lengths
 
 from common.config import UserError
 from data.photos import Photo, load_photo
-from demo import shapes, standins
+from demo import shapes, shuffle, standins, summary
 from models.packing import pack_rows
 from models.vlm import PROMPT, load_vlm
 
@@ -230,3 +230,37 @@ def test_missing_scenes_end_as_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "train.json" in done.stderr and not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------- the control, the figures
+
+
+def test_shuffled_captions_are_the_same_captions_and_none_is_at_its_place(tmp_path):
+    captions = {f"scene{number}": f"caption {number}" for number in range(9)}
+    (tmp_path / "val.json").write_text(json.dumps(captions))
+    shuffle.main(shuffle.Config(tmp_path / "val.json", tmp_path / "shuffled.json"))
+    shuffled = json.loads((tmp_path / "shuffled.json").read_text())
+    assert list(shuffled) == list(captions) and sorted(shuffled.values()) == sorted(captions.values())
+    assert not [stem for stem in captions if shuffled[stem] == captions[stem]]
+
+
+def test_summary_takes_each_figure_from_its_file(tmp_path):
+    def write(name: str, value: object) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(value))
+
+    runs = [{"corpus": {"cider": score}} for score in (4, 1, 3, 2)]
+    write("val.json", {})
+    write("val.scores.json", {"runs": runs[:2]})
+    write("scores.json", {"runs": runs[1:] + runs[:1]})
+    settings = summary.Config(tmp_path, "rel", tmp_path / "summary.json")
+    summary.main(settings)
+    figures = {"cider": 4, "cider_shuffled": 1}
+    figures |= {"cider_llava_best": 1, "cider_llava_moderate": 3, "cider_llava_diverse": 2}
+    assert json.loads(settings.output.read_text()) == figures, "no scenes and no masks: no figures of them"
+    rows = ("rel", "last_mean", "random weights, rel")
+    scores = {row: {"match_at_1": {"score": n}, "pointing": {"score": 10 + n}} for n, row in enumerate(rows)}
+    write("ground_ours/grounding.json", {"rows": scores})
+    summary.main(settings)
+    figures |= {"match_at_1": 0, "match_at_1_last_mean": 1, "match_at_1_random_weights": 2, "pointing": 10}
+    assert json.loads(settings.output.read_text()) == figures

@@ -126,7 +126,7 @@ def test_readme_names_files_that_exist():
     """Paths such as `models/projector.py` or `data/photos` in the README and in docs/."""
     for page in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))):
         names = re.findall(
-            r"`((?:common|data|models|metrics|pages|demo|benchmarks|configs|tests)/[\w./]*)`", page.read_text()
+            r"`((?:common|data|models|metrics|pages|demo|report|benchmarks|configs|tests)/[\w./]*)`", page.read_text()
         )
         missing = [name for name in names if not any((HERE / f"{name}{end}").exists() for end in ("", ".py"))]
         assert missing == [], page.name

