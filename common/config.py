@@ -167,6 +167,8 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
     parser, fields = _parser(Config), field_types(Config)
     check([f"{key}: expected at least one value, got none" for key, value in settings.items() if value == []])
     check([_unknown(key, fields) for key in settings if key not in fields])
+    for key, value in settings.items():  # a file may name one photo of a list: `images: photos`
+        settings[key] = [value] if isinstance(value, str) and "list" in fields[key] else value
     needed = [key for key, value in settings.items() if value is None and not re.search("None|Optional", fields[key])]
     check([f"{key}: expected {fields[key]}, got nothing" for key in needed])
     try:

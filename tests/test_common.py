@@ -176,6 +176,11 @@ def test_mistakes_in_a_file(tmp_path, text, message):
     assert str(error.value).replace(str(file), "FILE") == message
 
 
+def test_one_value_of_a_list_in_a_file(tmp_path):
+    (tmp_path / "settings.yaml").write_text("names: photos\noutput: out")
+    assert parse("--config", str(tmp_path / "settings.yaml")).names == ["photos"]
+
+
 def test_files_that_are_no_settings(tmp_path):
     with pytest.raises(UserError, match="^config: .*settings.yaml: .*No such file"):
         parse("--config", str(tmp_path / "settings.yaml"))
