@@ -221,7 +221,7 @@ def finish(drawn: list[dict], table: GroundingTable, cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check_settings(cfg)
     photos, notes, instances = read_inputs(cfg)
-    unlock = lock(cfg.output / "index.html")
+    lock(cfg.output / "index.html")
     files = {"overwrite": None, "model_files": files_hash(cfg.model or find_checkpoint(cfg.checkpoint))}
     rows = PhotoRows(cfg.output / UNFINISHED, plain(cfg) | files, cfg.overwrite)
     model = load_model(cfg)
@@ -264,7 +264,6 @@ def main(cfg: Config) -> None:
         measure_random_weights(model, grounded, table, cfg)
     finish([entry for entry in drawn.values() if entry], table, cfg)
     (cfg.output / UNFINISHED).unlink(missing_ok=True)
-    unlock()
 
 
 if __name__ == "__main__":

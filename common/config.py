@@ -137,10 +137,8 @@ def _read_flags(args: list[str], fields: dict[str, str], aliases: dict[str, str]
     files = {"config"} | {name.rpartition(".")[0] for name in fields if "." in name}  # settings, or a group of them
     for flag, *values in flags:
         key = aliases.get(flag, flag)
-        kind, values = (
-            fields.get(key, ""),
-            list(map(os.path.expanduser, values)),
-        )  # shells leave the `~` of --images=~/x
+        kind = fields.get(key, "")
+        values = list(map(os.path.expanduser, values))  # shells leave the `~` of --images=~/x
         if "Literal" in kind:  # no name of a choice has a comma
             values = " ".join(values).replace(",", " ").split()
         if key in files and values:
@@ -154,10 +152,7 @@ def _read_flags(args: list[str], fields: dict[str, str], aliases: dict[str, str]
 
 def _read_yaml(key: str, file: str, prefix: str) -> dict[str, Any]:
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("aliases (*NAME) are not read, since a few of them can stand for gigabytes")
-        return flatten(yaml.safe_load(text), prefix)
+        return flatten(yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")), prefix)
     except (OSError, ValueError, RecursionError, UserError, yaml.YAMLError) as error:
         raise UserError(f"{key}: {file}: {error}" + f" (or --{key}.NAME VALUE)" * (key != "config")) from None
 

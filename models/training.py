@@ -1,8 +1,6 @@
 """What trains, with which optimizer and on which schedule: the two stages are data, not code."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -106,16 +104,8 @@ class Average(nn.Module):
             keep = min(self.decay, (1 + self.steps.item()) / (10 + self.steps.item()))
             torch._foreach_lerp_(list(self.values), self.trained, 1 - keep)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the average stand in the model while the block runs."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
+    def swap(self) -> None:
+        """Put the average into the model in place of what trains; a second call puts that back."""
         for parameter, value in zip(self.trained, self.values):
             parameter.data, value.data = value.data, parameter.data
 

@@ -378,8 +378,9 @@ def test_an_average_forgets_its_start_and_then_follows_its_decay():
         average.update()
         keep = min(0.5, (1 + step) / (10 + step))
         expected = keep * expected + (1 - keep) * step
-        with average.in_place():
-            assert weight.tolist() == pytest.approx([expected] * 2)
+        average.swap()
+        assert weight.tolist() == pytest.approx([expected] * 2)
+        average.swap()
         assert weight.tolist() == [step] * 2
     again = Average([{"params": [weight]}], 0.5)
     again.load_state_dict(average.state_dict())
