@@ -11,9 +11,6 @@ and `--annotations`. The scores of every photo go to a JSON file. The last line 
 the (first) run.
 """
 
-import common.interrupt  # noqa: F401  the libraries below take seconds to load
-
-# isort: split
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version

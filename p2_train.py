@@ -11,9 +11,6 @@ SIGTERM or Ctrl-C lets the step end, saves and stops; a second one stops at once
 train as one does, and stop together within 20 steps.
 """
 
-import common.interrupt  # noqa: F401  the libraries below take seconds to load
-
-# isort: split
 import math
 import sys
 import time

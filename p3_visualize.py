@@ -11,9 +11,6 @@ on what the words name, beside controls that show what chance gives. A stopped r
 command is given again; with --instances it begins anew there.
 """
 
-import common.interrupt  # noqa: F401  the libraries below take seconds to load
-
-# isort: split
 import json
 import sys
 from dataclasses import dataclass, field
