@@ -6,13 +6,14 @@ from functools import partial
 from typing import Literal
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt, restricted_number_type
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, LRScheduler
 
 from models.captioner import Captioner
 from models.decoder import causal_lm, fuse_lora
 
+FiniteNonNegativeFloat = restricted_number_type("FiniteNonNegativeFloat", float, [(">=", 0), ("<", math.inf)])
 STAGES = {"align": ("projector",), "finetune": ("projector", "lora")}  # what each stage trains
 
 
@@ -20,7 +21,7 @@ STAGES = {"align": ("projector",), "finetune": ("projector", "lora")}  # what ea
 class Stage:
     """One stage of training."""
 
-    epochs: NonNegativeFloat = 2
+    epochs: FiniteNonNegativeFloat = 2
     """Passes over all (photo, caption) pairs; the last may be a part of one; 0 skips the stage."""
     lr: PositiveFloat = 1e-3
     """Learning rate at its highest."""
@@ -130,9 +131,6 @@ def make_schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoc
 
 def check_stage(name: str, stage: Stage) -> list[str]:
     """What is wrong with a stage's settings taken together."""
-    problems = []
-    if math.isinf(stage.epochs):
-        problems.append(f"{name}.epochs: expected a finite number, got inf")
     if stage.warmup and stage.schedule == "warm_restarts":
-        problems.append(f"{name}.warmup: expected 0 with warm_restarts, got {stage.warmup}")
-    return problems
+        return [f"{name}.warmup: expected 0 with warm_restarts, got {stage.warmup}"]
+    return []

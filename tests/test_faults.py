@@ -72,7 +72,7 @@ RESUMED = {
     "state empty": (lambda f: (f / "last/trainer.pt").write_bytes(b""), "resume: .* is damaged"),
     "state a list": (lambda f: torch.save([1], f / "last/trainer.pt"), "resume: .* is damaged"),
     "weights cut": (lambda f: half(f / "last" / LORA_WEIGHTS), "expected a safetensors file"),
-    "weights gone": (lambda f: (f / "last" / PROJECTOR).unlink(), "expected projector.safetensors in it"),
+    "weights gone": (lambda f: (f / "last" / PROJECTOR).unlink(), "expected a safetensors file: No such file"),
     "log broken": (lambda f: (f / "metrics.jsonl").write_text('{}\n{"a\n{}\n'), "expected one JSON value"),
     "settings empty": (lambda f: (f / "config.yaml").write_text(""), "resume: .* is damaged"),
     "settings broken": (lambda f: (f / "config.yaml").write_bytes(b"\xff: [1"), "resume: .* is damaged"),
@@ -151,11 +151,11 @@ def test_a_damaged_feature_is_encoded_anew_and_said_once(captioner_config, data_
 
 
 @pytest.mark.parametrize("args, said", [
-    ("--lora.rank 1000000000", "lora.rank: "),
+    ("--lora.rank 1000000000", "lora.rank: expected IntFrom1To16384"),
     ("--lora.dropout 1e400", "lora.dropout: expected ClosedUnitInterval"),
     ("--batch_size 1e20", "batch_size: expected PositiveInt"),
-    ("--config DEEP", "config: .*deep.yaml: expected YAML"),
-    ("--config OBJECT", "config: .*object.yaml: expected YAML lines .* could not determine a constructor"),
+    ("--config DEEP", "config: .*deep.yaml: "),
+    ("--config OBJECT", "config: .*object.yaml: could not determine a constructor"),
     ("--encoder.weights " + "a" * 100_000, "too long|encoder"),
     ("--decoder !!python/object:os.system", "decoder"),
 ])  # fmt: skip
