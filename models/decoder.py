@@ -15,7 +15,7 @@ from common.config import UserError
 from models import packaged
 from models.hub import load_whole, loading, means_folder
 
-IntFrom1To16384 = restricted_number_type("IntFrom1To16384", int, [(">=", 1), ("<=", 2**14)])  # wider than any decoder
+IntFrom1To16384 = restricted_number_type("IntFrom1To16384", int, [(">=", 1), ("<=", 2**14)])  # no decoder is wider
 
 
 @dataclass(frozen=True)
