@@ -11,9 +11,6 @@ and `--annotations`. The scores of every photo go to a JSON file. The last line 
 the (first) run.
 """
 
-import common.interrupt  # noqa: F401  the libraries below take seconds to load
-
-# isort: split
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -110,8 +107,6 @@ def score_with_clip(inputs: Inputs, cfg: Config) -> list[Scores]:
     """
     clip = load_clip(cfg.clip_model, cfg.clip_pretrained, pick_device(cfg.device))
     features, good, bad = encode_files(ImageTower(clip), inputs.photos, cfg.features, cfg.batch_size, dtype=np.float32)
-    if not good:
-        raise NothingDone("none of the photos can be read")
     if bad:
         notice(f"CLIPScore is the mean of {len(good)} of {len(inputs.photos)} photos")
     stems = [inputs.photos[i].stem for i in good]

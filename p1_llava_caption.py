@@ -9,9 +9,6 @@ With one decoding the captions go to captions.json, with several to captions.bes
 be decoded is named, skipped and counted. A stopped run goes on where it was when the same command is given again.
 """
 
-import common.interrupt  # noqa: F401  the libraries below take seconds to load
-
-# isort: split
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal

@@ -9,9 +9,6 @@ that cannot be decoded is named, skipped and counted. A stopped run goes on wher
 again.
 """
 
-import common.interrupt  # noqa: F401  the libraries below take seconds to load
-
-# isort: split
 from dataclasses import asdict, dataclass
 from pathlib import Path
 

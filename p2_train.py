@@ -11,9 +11,6 @@ SIGTERM or Ctrl-C lets the step end, saves and stops; a second one stops at once
 train as one does, and stop together within 20 steps.
 """
 
-import common.interrupt  # noqa: F401  the libraries below take seconds to load
-
-# isort: split
 import math
 import sys
 import time
@@ -42,7 +39,7 @@ from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.checkpoint import absolute, find_checkpoint, load_trained, save_captioner
 from models.decoder import check_decoder
 from models.encoder import check_encoder
-from models.run_folder import begin_run, inputs_hash, restore_parts, resumed_state, settings_of
+from models.run_folder import begin_run, inputs_hash, resumed_state, settings_of
 from models.splits import Split, prepare_split, weigh_by_agreement
 from pages.figures import plot_losses
 
@@ -115,8 +112,6 @@ def check_settings(cfg: Config) -> None:
     problems += training.check_stage("align", cfg.align) + training.check_stage("finetune", cfg.finetune)
     if not cfg.align.epochs and not cfg.finetune.epochs:
         problems.append("finetune.epochs: expected at least one stage that trains, got 0 epochs in all")
-    if cfg.lora.rank > 2**14:  # wider than any decoder
-        problems.append(f"lora.rank: expected {2**14} at most, got {cfg.lora.rank}")
     if cfg.batch_size % cfg.captions_per_row:
         expected = f"a multiple of captions_per_row {cfg.captions_per_row}"
         problems.append(f"batch_size: expected {expected}, got {cfg.batch_size}")
@@ -172,15 +167,20 @@ class Trainer:
         parts = {"optimizer": optimizer, "schedule": schedule, "average": average}
         if accelerator.scaler:
             parts["scaler"] = accelerator.scaler
-        restore_parts(self.state, parts)
+        try:
+            for part in self.state.keys() & parts.keys():  # of a resumed run
+                parts[part].load_state_dict(self.state.pop(part))
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"resume: last/trainer.pt is of another run ({error!r:.99})") from None
         for epoch in range(self.state["epoch"], math.ceil(stage.epochs)):
             # an order of its own for each epoch, so that a resumed run sees what an unbroken one would
             steps = self.epoch(order=1000 * cfg.seed + 100 * list(training.STAGES).index(name) + epoch)
             count = round(stage.epochs * epoch_steps) - epoch * epoch_steps  # may be more than there are
             place, start = {"stage": name, "epoch": epoch + 1}, time.monotonic()
             self.train_epoch(place, steps[:count], parts)
-            with average.in_place():
-                self.measure(place | {"seconds": round(time.monotonic() - start, 1)})
+            average.swap()
+            self.measure(place | {"seconds": round(time.monotonic() - start, 1)})
+            average.swap()
             self.state |= {"epoch": epoch + 1, "step": 0}
             self.save_last(parts)
 
@@ -236,6 +236,7 @@ class Trainer:
         """One optimizer step over this process's parts of a batch; returns the sum of all processes' losses."""
         accelerator, total = self.accelerator, torch.zeros((), device=self.accelerator.device)
         parts, tokens = parts_of_process(batch, *self.share), batch_tokens(batch)
+        torch.manual_seed(self.cfg.seed + self.state["steps"])  # dropout of a resumed run is that of an unbroken one
         for i, part in enumerate(parts):
             with accelerator.no_sync(self.model) if i + 1 < len(parts) else nullcontext():
                 loss = self.loss(self.model, *inputs[i]) * bool(part)
@@ -299,9 +300,7 @@ class Trainer:
         if not all(values.isfinite().all() for values in (*trained, *(loss for loss, _ in self.state["pending"]))):
             raise UserError("weights or losses are no longer finite, so nothing is saved; a lower lr may help")
         if accelerator.is_main_process:
-            self.state |= {"logged": len(self.log.rows()), "rng": torch.get_rng_state()}
-            if accelerator.device.type == "cuda":
-                self.state["cuda_rng"] = torch.cuda.get_rng_state(accelerator.device)
+            self.state["logged"] = len(self.log.rows())
             trainer = self.state | {name: part.state_dict() for name, part in parts.items()}
             save_captioner(self.captioner, self.cfg.output / "last", extra={"trainer.pt": trainer})
 
@@ -336,7 +335,8 @@ def main(cfg: Config) -> None:
     patience = InitProcessGroupKwargs(timeout=timedelta(minutes=5))  # with a process that does not answer
     where = {"log_with": cfg.tracker, "project_dir": cfg.output, "kwargs_handlers": [patience]}
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **where)
-    unlock = lock(cfg.output / "metrics.jsonl") if accelerator.is_main_process else lambda: None
+    if accelerator.is_main_process:
+        lock(cfg.output / "metrics.jsonl")
     state = resumed_state(cfg)
     torch.manual_seed(cfg.seed)
     captioner = build_captioner(model)
@@ -346,22 +346,17 @@ def main(cfg: Config) -> None:
     if cfg.consensus:
         scores = agreement({photo.stem: list(photo.captions) for photo in train.photos})
         weigh_by_agreement(train, scores, cfg.consensus)
-    inputs = inputs_hash(state or {}, train, val)
+    inputs = inputs_hash(state, train, val)
     if state:
         load_trained(captioner, cfg.output / "last")
-        torch.set_rng_state(state.pop("rng"))
-        cuda_rng = state.pop("cuda_rng", None)
-        if cuda_rng is not None and accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(cuda_rng, accelerator.device)
     trainer = Trainer(cfg, accelerator, captioner, train, val)
-    trainer.state |= (state or {}) | {"inputs": inputs}
+    trainer.state |= state | {"inputs": inputs}
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()
     accelerator.init_trackers("captioning", {name: str(value) for name, value in flatten(settings_of(cfg)).items()})
     trainer.run()
     accelerator.end_training()
-    unlock()
     print(f"captioner: {find_checkpoint(cfg.output)}")
 
 

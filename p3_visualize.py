@@ -11,9 +11,6 @@ on what the words name, beside controls that show what chance gives. A stopped r
 command is given again; with --instances it begins anew there.
 """
 
-import common.interrupt  # noqa: F401  the libraries below take seconds to load
-
-# isort: split
 import json
 import sys
 from dataclasses import dataclass, field
@@ -221,7 +218,7 @@ def finish(drawn: list[dict], table: GroundingTable, cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check_settings(cfg)
     photos, notes, instances = read_inputs(cfg)
-    unlock = lock(cfg.output / "index.html")
+    lock(cfg.output / "index.html")
     files = {"overwrite": None, "model_files": files_hash(cfg.model or find_checkpoint(cfg.checkpoint))}
     rows = PhotoRows(cfg.output / UNFINISHED, plain(cfg) | files, cfg.overwrite)
     model = load_model(cfg)
@@ -264,7 +261,6 @@ def main(cfg: Config) -> None:
         measure_random_weights(model, grounded, table, cfg)
     finish([entry for entry in drawn.values() if entry], table, cfg)
     (cfg.output / UNFINISHED).unlink(missing_ok=True)
-    unlock()
 
 
 if __name__ == "__main__":

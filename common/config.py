@@ -137,10 +137,8 @@ def _read_flags(args: list[str], fields: dict[str, str], aliases: dict[str, str]
     files = {"config"} | {name.rpartition(".")[0] for name in fields if "." in name}  # settings, or a group of them
     for flag, *values in flags:
         key = aliases.get(flag, flag)
-        kind, values = (
-            fields.get(key, ""),
-            list(map(os.path.expanduser, values)),
-        )  # shells leave the `~` of --images=~/x
+        kind = fields.get(key, "")
+        values = list(map(os.path.expanduser, values))  # shells leave the `~` of --images=~/x
         if "Literal" in kind:  # no name of a choice has a comma
             values = " ".join(values).replace(",", " ").split()
         if key in files and values:

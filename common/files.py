@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,8 @@ def check_apart(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
     check([f"output: {path} is read by this command; give another name" for path in over])
 
 
-def lock(path: Path) -> Callable[[], None]:
-    """Keep the output file `path` until the process ends or calls what is returned.
+def lock(path: Path) -> None:
+    """Keep the output file `path` until the process ends; the same process may do so again.
 
     Raises UserError where another process has it, or where nothing can be written; a dead process has nothing.
     """
@@ -68,14 +68,8 @@ def lock(path: Path) -> Callable[[], None]:
         held.acquire()
     except Timeout:
         raise UserError(f"output: another run is writing {path}; wait for it, or give another name") from None
-
-    def unlock() -> None:
-        if held.is_locked:
-            with suppress(OSError):  # Windows deletes no open file
-                file.unlink()
-            held.release(force=True)
-
-    return atexit.register(unlock)
+    atexit.register(held.release)
+    atexit.register(file.unlink, missing_ok=True)  # before the release: the last that is registered is called first
 
 
 def folder_problems(folder: Path | None, replace: bool, hint: str, marker: str | None = None) -> list[str]:

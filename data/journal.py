@@ -82,9 +82,10 @@ class Journal:
         self.journals = partial(output.parent.glob, f"{glob.escape(stem)}.journal*.jsonl")
         own = output.with_name(f"{stem}.journal{self.processes.process_index or ''}.jsonl")
         with self.processes.main_process_first():
-            self.unlock = lock(output) if self.processes.is_main_process else lambda: None
-            for file in self.journals() if overwrite and self.processes.is_main_process else ():
-                file.unlink()
+            if self.processes.is_main_process:
+                lock(output)
+                for file in self.journals() if overwrite else ():
+                    file.unlink()
             begun, files = {"decoding": list(settings)} | self.settings, dict.fromkeys([own, *self.journals()])
             self.rows = [PhotoRows(file, begun, False, self._read) for file in files]
             for path in self.outputs.values():  # a run killed between its last steps leaves both journal and output
@@ -137,6 +138,5 @@ class Journal:
             print(f"{len(stems)} captions in {path}" + (f"; of these, wrong in form: {wrong}" if wrong else ""))
         for file in self.journals():
             file.unlink()
-        self.unlock()
         if skipped:
             print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {one_line(', '.join(skipped))}")

@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, restricted_number_type
 from torch import nn
 
 from common.config import UserError
 from models import packaged
 from models.hub import load_whole, loading, means_folder
+
+IntFrom1To16384 = restricted_number_type("IntFrom1To16384", int, [(">=", 1), ("<=", 2**14)])  # no decoder is wider
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class DecoderConfig:
 class LoraConfig:
     """LoRA (arXiv 2106.09685) on every linear layer of the decoder, its output head included."""
 
-    rank: PositiveInt = 32
+    rank: IntFrom1To16384 = 32
     """Rank of each update."""
     alpha: PositiveFloat = 64.0
     """The update is scaled by alpha / rank."""

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import NothingDone, UserError
+from common.config import UserError
 from data.features import FeatureCache, Features
 from data.photos import BadPhoto, LoadedPhoto, Photo, PhotoBatches, load_photo
 
@@ -26,11 +25,12 @@ def encode(encoder, photos: Sequence[LoadedPhoto]) -> Tensor:
 
 def encode_files(
     encoder, photos: Sequence[Photo], folder: Path, batch_size: int = 32, workers: int = 2, dtype: type = np.float16
-) -> tuple[Features | None, list[int], list[BadPhoto]]:
+) -> tuple[Features, list[int], list[BadPhoto]]:
     """Features of `photos`, read from the cache below `folder` or encoded and added to it.
 
-    Returns the features of the photos that could be decoded (None where none could), the indices of those photos, and
-    the errors of the others. Raises UserError where the cache cannot be written or the disk has too little room.
+    Returns the features of the photos that could be decoded, the indices of those photos, and the errors of the others.
+    Raises UserError where the cache cannot be written or the disk has too little room, NothingDone where no photo could
+    be decoded.
     Each of several processes begins with its share and then finds the others' in the cache, but for what is not yet
     there. So a photo is encoded once, and no process waits for another, which may take longer than processes wait.
     """
@@ -39,13 +39,12 @@ def encode_files(
     process, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     order = [photo for share in range(process, process + count) for photo in photos[share % count :: count]]
     batches = PhotoBatches(order, batch_size, workers, "encode photos", known=cache.__contains__)
-    with suppress(NothingDone):  # for the caller to say
-        for batch in batches:
-            keys |= {photo.stem: photo.key for photo in batch}
-            new = [photo for photo in batch if photo.image is not None]
-            if new:
-                for photo, features in zip(new, encode(encoder, new).float().cpu().numpy()):
-                    cache.write(photo.key, features)
+    for batch in batches:
+        keys |= {photo.stem: photo.key for photo in batch}
+        new = [photo for photo in batch if photo.image is not None]
+        if new:
+            for photo, features in zip(new, encode(encoder, new).float().cpu().numpy()):
+                cache.write(photo.key, features)
     good = [i for i, photo in enumerate(photos) if photo.stem in keys]
     paths = {keys[photos[i].stem]: photos[i] for i in good}
 
@@ -57,7 +56,7 @@ def encode_files(
         cache.write(key, features)
         return features
 
-    return Features(cache, [keys[photos[i].stem] for i in good], anew) if good else None, good, batches.bad
+    return Features(cache, [keys[photos[i].stem] for i in good], anew), good, batches.bad
 
 
 class CachedEncoder:

@@ -34,35 +34,25 @@ def inputs_hash(state: dict, *splits: Split | None) -> str:
     return found
 
 
-def restore_parts(state: dict, parts: dict) -> None:
-    """Give each of `parts` (optimizer, schedule ...) what `state` holds of it, once. Raises UserError."""
-    try:
-        for part in state.keys() & parts.keys():
-            parts[part].load_state_dict(state.pop(part))
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"resume: last/trainer.pt is of another run ({error!r:.99})") from None
-
-
-def resumed_state(cfg: Any) -> dict | None:
-    """The trainer's state in last/; None where a run begins.
+def resumed_state(cfg: Any) -> dict:
+    """The trainer's state in last/; empty where a run begins.
 
     Raises UserError where the settings have changed, or where the state is damaged or gone.
     """
-    last, log = cfg.output / "last", cfg.output / "metrics.jsonl"
+    last = cfg.output / "last"
     restore_folder(last)
     if not cfg.resume:
-        return None
+        return {}
     if not (last / "trainer.pt").exists():
-        if (cfg.output / "best").exists() or any("val_loss" in row for row in JsonLines(log).rows()):
+        if (cfg.output / "best").exists():
             raise UserError(f"resume: {last} is gone, {cfg.output} has results of it; --overwrite begins anew")
-        return None
+        return {}
     try:
         stored = yaml.safe_load((cfg.output / "config.yaml").read_text(encoding="utf-8"))
         before = flatten(settings_of(type(cfg)())) | flatten(stored)
-        state = torch.load(last / "trainer.pt", map_location="cpu", weights_only=True)
+        state = dict(torch.load(last / "trainer.pt", map_location="cpu", weights_only=True))
         if state["stage"] not in STAGES or not all(state[key] >= 0 for key in ("epoch", "step", "steps", "logged")):
             raise ValueError("no place in a stage")
-        torch.Generator().set_state(state["rng"])
     except Exception as error:  # whatever damage a file can have
         said = str(error)[:100]  # torch goes on with advice to trust the file
         raise UserError(f"resume: {last} or config.yaml is damaged ({said}); --overwrite begins anew") from None

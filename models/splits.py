@@ -43,7 +43,7 @@ def prepare_split(captioner: Captioner, photos: list[Photo], cache: Path, skip_b
     """Encode `photos` (or read their features from the folder `cache`) and tokenise their captions.
 
     Raises UserError for captions longer than the decoder has positions for, and for photos that cannot be decoded;
-    with `skip_bad_photos` they are named on stderr and left out.
+    with `skip_bad_photos` they are named on stderr and left out. Raises NothingDone where no photo can be decoded.
     """
     ids = captioner.tokenizer([c for photo in photos for c in photo.captions], add_special_tokens=False).input_ids
     rest, room = iter(ids), captioner.room()
@@ -53,8 +53,6 @@ def prepare_split(captioner: Captioner, photos: list[Photo], cache: Path, skip_b
     _leave_out([BadPhoto(photo.path, reason) for photo in photos if photo.stem in long], skip_bad_photos)
     photos = [photo for photo in photos if photo.stem not in long]
     features, good, bad = encode_files(captioner.encoder, photos, cache)
-    if features is None:
-        check([f"images: none of {len(photos)} photos could be decoded", *map(str, bad[:1])])
     _leave_out(bad, skip_bad_photos)
     photos, eos = [photos[i] for i in good], captioner.tokenizer.eos_token_id
     return Split(photos, features, [captions[photo.stem] for photo in photos], eos)

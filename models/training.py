@@ -1,20 +1,19 @@
 """What trains, with which optimizer and on which schedule: the two stages are data, not code."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt, restricted_number_type
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, LRScheduler
 
 from models.captioner import Captioner
 from models.decoder import causal_lm, fuse_lora
 
+FiniteNonNegativeFloat = restricted_number_type("FiniteNonNegativeFloat", float, [(">=", 0), ("<", math.inf)])
 STAGES = {"align": ("projector",), "finetune": ("projector", "lora")}  # what each stage trains
 
 
@@ -22,7 +21,7 @@ STAGES = {"align": ("projector",), "finetune": ("projector", "lora")}  # what ea
 class Stage:
     """One stage of training."""
 
-    epochs: NonNegativeFloat = 2
+    epochs: FiniteNonNegativeFloat = 2
     """Passes over all (photo, caption) pairs; the last may be a part of one; 0 skips the stage."""
     lr: PositiveFloat = 1e-3
     """Learning rate at its highest."""
@@ -106,16 +105,8 @@ class Average(nn.Module):
             keep = min(self.decay, (1 + self.steps.item()) / (10 + self.steps.item()))
             torch._foreach_lerp_(list(self.values), self.trained, 1 - keep)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the average stand in the model while the block runs."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
+    def swap(self) -> None:
+        """Put the average into the model in place of what trains; a second call puts that back."""
         for parameter, value in zip(self.trained, self.values):
             parameter.data, value.data = value.data, parameter.data
 
@@ -140,9 +131,6 @@ def make_schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoc
 
 def check_stage(name: str, stage: Stage) -> list[str]:
     """What is wrong with a stage's settings taken together."""
-    problems = []
-    if math.isinf(stage.epochs):
-        problems.append(f"{name}.epochs: expected a finite number, got inf")
     if stage.warmup and stage.schedule == "warm_restarts":
-        problems.append(f"{name}.warmup: expected 0 with warm_restarts, got {stage.warmup}")
-    return problems
+        return [f"{name}.warmup: expected 0 with warm_restarts, got {stage.warmup}"]
+    return []

@@ -329,7 +329,7 @@ def test_clipscore_alone_without_a_readable_photo_is_nothing_done(scene, clip_fo
         photo.write_bytes(b"")
     done = evaluate(scene, "--images=photos", "--metrics=clipscore", f"--clip_model=local-dir:{clip_folder}")
     assert done.returncode == 3 and done.stdout == "CIDEr: n/a | CLIPScore: n/a\n"
-    assert "none of the photos can be read" in done.stderr.splitlines()[-1]
+    assert "CLIPScore: none of 3 photos could be decoded" in done.stderr.splitlines()[-1]
     assert not (scene / "captions.scores.json").exists()
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,12 +75,11 @@ RESUMED = {
     "state cut": (lambda f: half(f / "last/trainer.pt"), "resume: .*last or config.yaml is damaged"),
     "state empty": (lambda f: (f / "last/trainer.pt").write_bytes(b""), "resume: .* is damaged"),
     "state a list": (lambda f: torch.save([1], f / "last/trainer.pt"), "resume: .* is damaged"),
-    "state of another stage": (lambda f: put(f / "last/trainer.pt", stage="pretrain"), "damaged .no place in a stage"),
+    "state of another stage": (lambda f: put(f / "last/trainer.pt", stage="pretrain"), "resume: .* is damaged"),
     "state without a place": (lambda f: put(f / "last/trainer.pt", step="a"), "resume: .* is damaged"),
-    "state without rng": (lambda f: put(f / "last/trainer.pt", rng=torch.zeros(3)), "resume: .* is damaged"),
     "another optimizer": (lambda f: put(f / "last/trainer.pt", epoch=0, optimizer={"a": 1}), "is of another run"),
     "weights cut": (lambda f: half(f / "last" / LORA_WEIGHTS), "expected a safetensors file"),
-    "weights gone": (lambda f: (f / "last" / PROJECTOR).unlink(), "projector.safetensors: expected a safetensors file"),
+    "weights gone": (lambda f: (f / "last" / PROJECTOR).unlink(), "expected a safetensors file: No such file"),
     "log broken": (lambda f: (f / "metrics.jsonl").write_text('{}\n{"a\n{}\n'), "expected one JSON value"),
     "settings empty": (lambda f: (f / "config.yaml").write_text(""), "resume: .* is damaged"),
     "settings broken": (lambda f: (f / "config.yaml").write_bytes(b"\xff: [1"), "resume: .* is damaged"),
@@ -158,11 +158,11 @@ def test_a_damaged_feature_is_encoded_anew_and_said_once(captioner_config, data_
 
 
 @pytest.mark.parametrize("args, said", [
-    ("--lora.rank 1000000000", "lora.rank: "),
+    ("--lora.rank 1000000000", "lora.rank: expected IntFrom1To16384"),
     ("--lora.dropout 1e400", "lora.dropout: expected ClosedUnitInterval"),
     ("--batch_size 1e20", "batch_size: expected PositiveInt"),
     ("--config DEEP", "config: .*deep.yaml: "),
-    ("--config OBJECT", "config: .*object.yaml: .*could not determine a constructor"),
+    ("--config OBJECT", "config: .*object.yaml: could not determine a constructor"),
     ("--encoder.weights " + "a" * 100_000, "too long|encoder"),
     ("--decoder !!python/object:os.system", "decoder"),
 ])  # fmt: skip
@@ -315,12 +315,12 @@ def test_two_thousand_steps_keep_memory_files_and_threads_flat(trained, tmp_path
 
 
 @pytest.mark.parametrize("script", ["p1_llava_caption", "p2_train", "p2_inference", "p3_visualize", "evaluate"])
-def test_ctrl_c_while_libraries_load_is_one_line(script, tmp_path):
+def test_ctrl_c_while_libraries_load_shows_no_traceback(script, tmp_path):
     stand_in = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
-    (tmp_path / "torch.py").write_text(stand_in)
+    (tmp_path / "PIL.py").write_text(stand_in)
     # background jobs of a shell start with SIGINT ignored
     allow = "import signal, sys, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); "
     allow += "sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", allow, f"{script}.py"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "stopped\n")
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")  # which a shell calls 130

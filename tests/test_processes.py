@@ -150,7 +150,7 @@ def captioning(make_captioner, llava_folder, data_root, tmp_path) -> dict:
     (folder / "p03.png").unlink()
     (folder / "p03.png").write_text("no photo")
     save_captioner(make_captioner("gpt2"), tmp_path / "captioner")
-    shared = {"images": folder, "device": "cpu", "batch_size": 1, "output": tmp_path / "one.json"}
+    shared = {"images": [folder], "device": "cpu", "batch_size": 1, "output": tmp_path / "one.json"}
     return {
         "p2_inference": p2_inference.Config(checkpoint=tmp_path / "captioner", **shared),
         "p1_llava_caption": p1_llava_caption.Config(model=str(llava_folder), decoding=["best", "diverse"], **shared),
@@ -186,7 +186,7 @@ def test_a_mistake_is_said_once_and_the_launcher_starts_both(captioning, tmp_pat
     """torchrun, which `accelerate launch` uses for GPUs, starts the script itself."""
     cfg = captioning["p2_inference"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "p2_inference.py"]
-    command += ["--checkpoint", cfg.checkpoint, "--images", cfg.images, "--output", tmp_path / "two.json"]
+    command += ["--checkpoint", cfg.checkpoint, "--images", *cfg.images, "--output", tmp_path / "two.json"]
     beams = "--overwrite --decoding.num_beams 0".split()
     for flags, code, said in (([], 0, "23 captions in"), (beams, 1, "error: decoding.num_beams")):
         done = subprocess.run([*map(str, command), "--device", "cpu", *flags], capture_output=True, text=True)

@@ -120,8 +120,8 @@ TRAIN_MISTAKES = [
     ("--data DATA --annotations a.json", "data: expected either data or annotations, got both"),
     ("", "data: expected either data or annotations, got neither"),
     ("--data DATA --output OUT", "output: .*out exists; --resume goes on with it, --overwrite replaces it"),
-    ("--data DATA --align.epochs inf --finetune.warmup 0.1",
-     "align.epochs: expected a finite number, got inf; finetune.warmup: expected 0 with warm_restarts"),
+    ("--data DATA --align.epochs inf", "align.epochs: expected FiniteNonNegativeFloat, got 'inf'"),
+    ("--data DATA --finetune.warmup 0.1", "finetune.warmup: expected 0 with warm_restarts"),
     ("--data DATA --decoder.model ./no/gpt2", "decoder.model: no/gpt2: no such model folder"),
     ("--data DATA --encoder.weights ./no/clip", "encoder.weights: ./no/clip: no such file or folder"),
     ("--data DATA --device no_such_device", "device: 'no_such_device' is not available"),
@@ -378,8 +378,9 @@ def test_an_average_forgets_its_start_and_then_follows_its_decay():
         average.update()
         keep = min(0.5, (1 + step) / (10 + step))
         expected = keep * expected + (1 - keep) * step
-        with average.in_place():
-            assert weight.tolist() == pytest.approx([expected] * 2)
+        average.swap()
+        assert weight.tolist() == pytest.approx([expected] * 2)
+        average.swap()
         assert weight.tolist() == [step] * 2
     again = Average([{"params": [weight]}], 0.5)
     again.load_state_dict(average.state_dict())

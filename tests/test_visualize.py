@@ -60,7 +60,7 @@ def read(scene: Path, output: str = "out") -> dict:
 def test_a_folder_of_photos_gets_a_picture_each_and_a_page(scene, capsys):
     (scene / "photos/broken.png").write_text("no photo")
     folder = visualize(scene)
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.glob("[!.]*")}
     assert names == {"index.html"} | {f"{stem}.png" for stem in CAPTIONS}
     assert "broken.png: not a photo" in capsys.readouterr().err
     data = read(scene)
@@ -172,7 +172,7 @@ def test_captions_shapes_and_names_that_no_run_may_end_by(scene):
     write_json(scene / "odd.json", {"images": images, "annotations": annotations})
     settings = {"checkpoint": scene / "run", "features": scene / "f", "annotations": scene / "odd.json"}
     p3_visualize.main(Config([scene / "odd"], scene / "out", device="cpu", **settings))
-    assert {path.name for path in (scene / "out").iterdir()} == {
+    assert {path.name for path in (scene / "out").glob("[!.]*")} == {
         "index.html", "price.png", "line.png", "x" * 250 + ".png"
     }  # fmt: skip
     assert len(read(scene)["photos"]) == 3
