@@ -3,7 +3,6 @@
 import hashlib
 import io
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from common.config import NothingDone, UserError, one_line
+from common.config import UserError, one_line
 from data.names import PHOTO_SUFFIXES
 from data.prefetch import prefetch
 
@@ -160,8 +159,7 @@ class PhotoBatches:
     """Photos in lists of `batch_size`, read and decoded ahead by `workers` threads, in order, behind a progress bar.
 
     A photo that cannot be decoded is named on stderr and kept in `bad`; the next one takes its place, so that only the
-    last list may be shorter. Iterating raises NothingDone at the end where no photo was good, neither now nor earlier,
-    unless it is one of several processes.
+    last list may be shorter.
     """
 
     photos: Sequence[Photo]
@@ -181,9 +179,6 @@ class PhotoBatches:
             while batch := list(islice(good, self.batch_size)):
                 yield batch
                 bar.update(len(batch))
-        alone = "RANK" not in os.environ  # another process may have found good ones
-        if self.photos and not self.done and len(self.bad) == len(self.photos) and alone:
-            raise NothingDone(f"none of {len(self.photos)} photos could be decoded")
 
     def _good(self, bar: tqdm) -> Iterator[LoadedPhoto]:
         def load(photo: Photo) -> LoadedPhoto | BadPhoto:

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import NothingDone, UserError
+from common.config import UserError
 from data.features import FeatureCache, Features
 from data.photos import BadPhoto, LoadedPhoto, Photo, PhotoBatches, load_photo
 
@@ -39,13 +38,12 @@ def encode_files(
     process, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     order = [photo for share in range(process, process + count) for photo in photos[share % count :: count]]
     batches = PhotoBatches(order, batch_size, workers, "encode photos", known=cache.__contains__)
-    with suppress(NothingDone):  # for the caller to say
-        for batch in batches:
-            keys |= {photo.stem: photo.key for photo in batch}
-            new = [photo for photo in batch if photo.image is not None]
-            if new:
-                for photo, features in zip(new, encode(encoder, new).float().cpu().numpy()):
-                    cache.write(photo.key, features)
+    for batch in batches:
+        keys |= {photo.stem: photo.key for photo in batch}
+        new = [photo for photo in batch if photo.image is not None]
+        if new:
+            for photo, features in zip(new, encode(encoder, new).float().cpu().numpy()):
+                cache.write(photo.key, features)
     good = [i for i, photo in enumerate(photos) if photo.stem in keys]
     paths = {keys[photos[i].stem]: photos[i] for i in good}
 

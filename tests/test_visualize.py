@@ -158,7 +158,7 @@ def test_masks_of_other_sizes_a_full_folder_and_no_photo(scene, capsys):
         visualize(scene, "other")
     for stem in CAPTIONS:
         (scene / f"photos/{stem}.png").write_bytes(b"")
-    with pytest.raises(NothingDone, match="none of 3 photos"):
+    with pytest.raises(NothingDone, match="nothing could be drawn"):
         visualize(scene, "nothing")
 
 
