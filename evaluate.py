@@ -209,8 +209,8 @@ def fixed_point(score: float | None) -> str:
 
 
 def main(cfg: Config) -> None:
-    captions = read_runs(cfg.predictions)
     annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split, cfg.missing)
+    captions = read_runs(cfg.predictions, annotated)
     inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, clip=bool(CLIP & set(cfg.metrics)))
     output = check_settings(cfg)
     instances = read_instances(cfg.instances) if "chair" in cfg.metrics else None

@@ -193,11 +193,7 @@ FORMS: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Rows]], ...] = (
     ("COCO's or Karpathy's 'images'", lambda data: isinstance(data, dict) and "images" in data, coco_rows),
     ("JSON records of image and caption", lambda data: has(NAMES, records(data)), json_rows),
     ("a JSON object {photo: caption or captions}", lambda data: data and isinstance(data, dict), object_rows),
-    (
-        "Flickr8k's lines NAME.jpg#0<tab>caption",
-        lambda data: isinstance(data, str) and TOKEN_LINE.match(data),
-        token_rows,
-    ),
+    ("Flickr8k's lines NAME.jpg#0<tab>caption", lambda data: TOKEN_LINE.match(str(data)), token_rows),
     ("a CSV table with columns image and caption", column_mark, table_rows),
 )
 EXPECTED = ", ".join(name for name, _, _ in FORMS)

@@ -1,11 +1,12 @@
 """Masks of the objects in photos, from COCO's instances files (polygons or run lengths)."""
 
-import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask
 from pycocotools.coco import COCO
 
 from common.config import UserError
@@ -61,24 +62,13 @@ def read_instances(path: Path) -> Instances:
 
 
 def _is_segmentation(shape: Any, size: tuple[int, int]) -> bool:
-    """Whether pycocotools can draw it: its C code reads and writes without looking."""
+    """Whether pycocotools can draw it: of polygons its C code reads and writes without looking."""
     if isinstance(shape, dict):
-        counts = shape.get("counts")
-        counts = _run_lengths(counts) if isinstance(counts, str) else counts
-        sound = isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts)
-        return sound and tuple(shape.get("size") or ()) == size and sum(counts) == size[0] * size[1]
+        with suppress(KeyError, TypeError, ValueError, OverflowError):
+            runs = mask.frPyObjects(shape, *size) if isinstance(shape["counts"], list) else shape
+            return tuple(shape["size"]) == size and mask.decode(runs).size > 0
     if not isinstance(shape, list) or not shape:
         return False
     numbers = [number for one in shape for number in one] if all(isinstance(one, list) for one in shape) else [None]
     near = all(isinstance(number, (int, float)) and abs(number) <= 2 * max(size) for number in numbers)
     return near and all(len(one) >= 6 and len(one) % 2 == 0 for one in shape)
-
-
-def _run_lengths(text: str) -> list[int]:
-    """COCO's compressed run lengths: 5 bits a character, from the fourth on as the difference from the last but one."""
-    counts: list[int] = []
-    for number in re.findall("[P-o]*[0-O]", text) if re.fullmatch("[0-o]*[0-O]", text) else ():
-        value = sum((ord(bits) - 48 & 31) << 5 * place for place, bits in enumerate(number))
-        value -= (ord(number[-1]) - 48 & 16) << 5 * len(number) - 4  # of a negative one
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-    return counts

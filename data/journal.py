@@ -31,27 +31,27 @@ class PhotoRows:
     """A row of each photo that is done, kept in the file `path` by a run that may be killed.
 
     The first line holds the `settings`. A row counts as long as its photo's file is the same, and what the caller says
-    `about` it. `read` checks a row. Raises UserError where the file was begun with other settings, or is damaged.
+    `about` it. Raises UserError where the file was begun with other settings, or is damaged.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool, read: Callable[[Any], Any] = dict):
+    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool):
         self.file, self.settings = JsonLines(path), json.loads(json.dumps(settings, default=str))
         check_output(path, overwrite=True)
         if overwrite:
             path.unlink(missing_ok=True)
-        begun = f"output: {path} was begun with other settings, --overwrite begins anew"
         try:
             self.before, *rows = self.file.rows() or [None]
-            changed = [] if self.before is None else changes(self.before, self.settings).items()
-            self.rows = {stem: (about, row if changed else read(row)) for stem, about, row in rows}
+            changed = {} if self.before is None else changes(self.before, self.settings)
+            self.rows = {stem: (about, row) for stem, about, row in rows}
         except (UserError, ValueError, TypeError, LookupError, AttributeError):
             raise UserError(f"output: {path} is damaged; --overwrite begins anew") from None
-        check([f"{begun}: {key} {change}" for key, change in changed], shown=1)
+        begun = f"output: {path} was begun with other settings, --overwrite begins anew"
+        check([f"{begun}: {key} {change}" for key, change in changed.items()], shown=1)
 
     def get(self, photo: Photo, about: object = None) -> Any:
         """The row of a photo; None where there is none that counts."""
         known, row = self.rows.get(photo.stem, (None, None))
-        return row if known and known == [key_of(photo), about] else None
+        return row if known == [key_of(photo), about] else None
 
     def append(self, loaded: LoadedPhoto, row: Any, about: object = None) -> None:
         """Keep the row of a photo, which has just been done."""
@@ -75,24 +75,19 @@ class Journal:
         self.settings = json.loads(json.dumps(settings, default=str))
         several = len(settings) > 1
         self.outputs = {name: output.with_name(f"{stem}.{name}.json") if several else output for name in settings}
-        self.captions: dict[str, dict[str, tuple[str, bool]]] = {}
-        """{stem: {name of the decoding: (caption, whether it ended at the last allowed token)}}"""
+        self.captions: dict[str, dict[str, list]] = {}
+        """{stem: {name of the decoding: [caption, whether it ended at the last allowed token]}}"""
         # gloo, accelerate's choice for a CPU, is enough to wait for each other: a day, since shares take unequal times
         self.processes = PartialState(cpu="RANK" in os.environ, timeout=timedelta(days=1))
         self.journals = partial(output.parent.glob, f"{glob.escape(stem)}.journal*.jsonl")
         own = output.with_name(f"{stem}.journal{self.processes.process_index or ''}.jsonl")
         with self.processes.main_process_first():
             self.unlock = lock(output) if self.processes.is_main_process else lambda: None
-            for file in self.journals() if overwrite and self.processes.is_main_process else ():
-                file.unlink()
             begun, files = {"decoding": list(settings)} | self.settings, dict.fromkeys([own, *self.journals()])
-            self.rows = [PhotoRows(file, begun, False, self._read) for file in files]
+            self.rows = [PhotoRows(file, begun, overwrite) for file in files]
             for path in self.outputs.values():  # a run killed between its last steps leaves both journal and output
                 check_output(path, overwrite or any(rows.rows for rows in self.rows))
         self.processes.wait_for_everyone()  # they divide what is missing, so all must have read the same
-
-    def _read(self, row: dict[str, list]) -> dict[str, tuple[str, bool]]:
-        return {name: ("" + row[name][0], bool(row[name][1])) for name in self.settings}
 
     def missing(self, photos: Sequence[Photo]) -> list[Photo]:
         """This process's share of those of `photos` that have no captions yet, or whose file has changed since."""
@@ -111,7 +106,7 @@ class Journal:
         limits = {name: one["decoding"]["max_new_tokens"] for name, one in self.settings.items()}
         for i, loaded in enumerate(batch):
             ids = {name: captions[name][i] for name in limits}
-            self.captions[loaded.stem] = {name: (text(ids[name]), len(ids[name]) == limits[name]) for name in limits}
+            self.captions[loaded.stem] = {name: [text(ids[name]), len(ids[name]) == limits[name]] for name in limits}
             self.rows[0].append(loaded, self.captions[loaded.stem])
 
     def finish(self, photos: Sequence[Photo], bad: Sequence[BadPhoto], meta: dict[str, Any]) -> None:

@@ -138,11 +138,8 @@ def _decode(content: bytes) -> Image.Image:
         if image.mode == "F" or image.mode.startswith("I"):
             image = _grey8(image)
         elif image.has_transparency_data:
-            image = image.convert("RGBA").reduce(shrink)
-            image, shrink = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image), 1
-        elif image.mode in ("1", "P"):  # whose values are not to be averaged
-            image = image.convert("RGB")
-        return image.reduce(shrink).convert("RGB")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB").reduce(shrink)
 
 
 def _grey8(image: Image.Image) -> Image.Image:

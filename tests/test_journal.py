@@ -98,8 +98,7 @@ def test_a_journal_of_other_settings_is_refused_by_name(tmp_path, photos):
     with pytest.raises(UserError, match=r"begins anew: decoding was \['a', 'b'\], is \['a'\]$"):
         Journal(output, {"a": {"model": "m", "decoding": LIMIT, "seed": 0}})
     begun = (tmp_path / "x.journal.jsonl").read_text()
-    rows = ('["p0", {}]\n', '["p0", ["", null], {"a": [null, 0]}]\n')
-    for lines in ("{}\nnot a caption\n", "[]\n", *(begun + row for row in rows)):
+    for lines in ("{}\nnot a caption\n", "[]\n", begun + '["p0", {}]\n'):
         (tmp_path / "x.journal.jsonl").write_text(lines)
         with pytest.raises(UserError, match="x.journal.jsonl is damaged; --overwrite begins anew"):
             caption_all(output, photos, seed=0)

@@ -196,10 +196,11 @@ def test_no_photo_is_written_over(scene):
 
 
 BAD_MASKS = {
-    "too few": {"counts": [10], "size": [60, 120]},
+    "another size": {"counts": [60 * 120], "size": [60, 121]},
     "too many": {"counts": [0, 60 * 120 + 1], "size": [60, 120]},
     "negative": {"counts": [-1, 60 * 120 + 1], "size": [60, 120]},
-    "compressed, short": {"counts": "52203", "size": [60, 120]},
+    "compressed, too many": {"counts": "PPPPP1", "size": [60, 120]},
+    "neither": {"counts": 3, "size": [60, 120]},
     "far": [[1e9, 0, 1, 1, 2, 2]],
     "infinite": [[float("inf"), 0, 1, 1, 2, 2]],
     "odd": [[0, 0, 1, 1, 2, 2, 3]],
