@@ -184,17 +184,13 @@ def _of_folder(folder: Path, recursive: bool) -> list[Path]:
     found = sorted(folder.rglob("*") if recursive else folder.iterdir())
     found = [path for path in found if "/." not in f"/{path.relative_to(folder).as_posix()}"]
     paths = [path for path in found if os.path.isfile(path) and is_photo(path)]
-    kinds = Counter(_kind(path) for path in set(found) - set(paths) if not (recursive and os.path.isdir(path)))
+    others = [path for path in set(found) - set(paths) if not (recursive and os.path.isdir(path))]
+    subfolder = "subfolder (--recursive enters it)"
+    kinds = Counter(subfolder if os.path.isdir(path) else path.suffix or "without suffix" for path in others)
     if kinds:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         print(f"{folder}: not read: {listed}", file=sys.stderr)
     return paths
-
-
-def _kind(path: Path) -> str:
-    if os.path.isdir(path):
-        return "subfolder (--recursive enters it)"
-    return (path.suffix or "without suffix") + ", a link to nothing" * (not os.path.exists(path))
 
 
 def _folders_beside(annotations: Path) -> list[Path]:

@@ -116,7 +116,7 @@ def coco_rows(data: dict) -> Rows:
     """COCO's images and annotations, and Karpathy's images, which have their sentences themselves."""
     key = next((key for key in NAMES if has([key], data["images"])), "id")  # some name the photos by their ids alone
     names: dict[int | str, str] = {}
-    for number, image in enumerate(data["images"]):
+    for number, image in enumerate(get("the file", data, "images", kind=list)):
         place = f"images[{number}]"
         name = str(get(place, image, key, kind=(int, str)))
         name = os.path.join(str(image.get("filepath") or ""), name)
@@ -125,7 +125,7 @@ def coco_rows(data: dict) -> Rows:
             raise Fault(f"{place}: id {id} is also the id of {names[id]}")
         names[id] = name
         yield place, image | {"file_name": name, "caption": image.get("sentences", [])}
-    for number, annotation in enumerate(data.get("annotations", ())):
+    for number, annotation in enumerate(get("the file", {"annotations": []} | data, "annotations", kind=list)):
         place = f"annotations[{number}]"
         id = get(place, annotation, "image_id", kind=(int, str))
         if id not in names:

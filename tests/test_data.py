@@ -249,7 +249,8 @@ BAD_ANNOTATIONS = {
     "deep JSON": ("[" * 100_000, ["not JSON"]),
     "an object of other things": ({"n": 3, "idf": "subset"}, ["'n': caption of n is 3, not text"]),
     "a list": ([1], ["not a known form", "'images'"]),
-    "images an object": ({"images": {"1": {}}}, ["images[0]: expected an object"]),
+    "images an object": ({"images": {"1": {}}}, ["the file: expected an object with images"]),
+    "annotations null": ({"images": [], "annotations": None}, ["the file: expected an object with annotations"]),
     "no annotations": ({"images": []}, ["no photo with a caption"]),
     "instances": (
         edited(coco(), lambda data: [one.pop("caption") for one in data["annotations"]]),
@@ -454,7 +455,7 @@ def test_what_a_folder_holds_besides_photos_is_counted(tmp_path, capsys):
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "a.jpg").rename(tmp_path / "a.jpe")
     assert [photo.stem for photo in find_photos(tmp_path)] == ["a", "b"]
-    others = "1 .dng, 1 .jpg, a link to nothing, 2 .txt, 1 subfolder (--recursive enters it), 1 without suffix"
+    others = "1 .dng, 1 .jpg, 2 .txt, 1 subfolder (--recursive enters it), 1 without suffix"
     assert capsys.readouterr().err == f"{tmp_path}: not read: {others}\n"
 
 
