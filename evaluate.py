@@ -50,7 +50,7 @@ class Config(CommonSettings):
     data: Path | None = None
     """Folder with val.json (or SPLIT.json) and images/; or name the two below."""
     annotations: Path | None = None
-    """The references, in a form that data/forms.py reads: COCO, Karpathy, Flickr8k, tables, JSON, Parquet."""
+    """The references, in a form that data/forms.py reads: COCO, Karpathy, Flickr8k, tables, JSON."""
     images: Path | None = None
     """Folder of the photos; only CLIPScore reads them, and finds them itself where they lie beside the annotations."""
     metrics: list[Literal[(*METRICS, *sorted(CLIP))]] = field(default_factory=lambda: ["cider", "clipscore"])

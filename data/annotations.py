@@ -46,7 +46,7 @@ def read_annotations(
         raise UserError(f"{annotations}: no photo with a caption" + (f" in split {split!r}" if split else ""))
     folders = _listed(images) or _folders_beside(annotations)
     check([f"{one}: not a folder; expected the photos of {annotations}" for one in folders if not os.path.isdir(one)])
-    paths = _find(annotations, contents, names, folders)
+    paths = _find(names, folders)
     absent = [name for name, path in zip(names, paths) if path is None]
     if missing and any(paths):
         paths = [path or folders[0] / os.path.basename(name) for name, path in zip(names, paths)]
@@ -69,7 +69,7 @@ def find_photos(
     Raises UserError where there are none, where none of those that are named is there, and where the `output` would be
     written over one of these files.
     """
-    paths, contents = [], Contents()
+    paths = []
     for source in _listed(images):
         if os.path.isdir(source):
             found = _of_folder(source, recursive)
@@ -78,19 +78,19 @@ def find_photos(
         elif not os.path.exists(source) and glob.has_magic(str(source)):
             found = sorted(map(Path, glob.glob(str(source), recursive=recursive)))
         elif held := read_contents(source, captioned=False, expected=WANTED):
-            found = _find(source, held, list(held.captions), _folders_beside(source))
+            found = _find(list(held.captions), _folders_beside(source))
             found = [path or source.parent / os.path.basename(name) for name, path in zip(held.captions, found)]
-            contents.files |= {str(source / name): content for name, content in held.files.items()}
         else:
             lines = [Path(line.replace("\\", "/")) for line in _lines(read_text(source, WANTED))]
             found = [path if os.path.isfile(path := source.parent / line) else line for line in lines]
         if not found:
             raise UserError(f"{source}: no photos there ({' '.join(sorted(PHOTO_SUFFIXES))})")
-        if not contents.files and not any(map(os.path.isfile, found)):
+        if not any(map(os.path.isfile, found)):
             raise UserError(f"{source}: {first_of(found)} not there; expected one path a line, or photos beside it")
         paths += found
     check_apart([output] if output else [], [*_listed(images), *paths])
-    return _photos(paths := list(dict.fromkeys(paths))[:limit], paths, contents)  # one that is named twice is one photo
+    paths = list(dict.fromkeys(paths))[:limit]  # one that is named twice is one photo
+    return _photos(paths, paths, Contents())
 
 
 def find_data(root: Path, split: str) -> tuple[Path, Path]:
@@ -160,7 +160,7 @@ def _photos(names: list, paths: list, contents: Contents) -> list[Photo]:
         stem = stem if counts[stem] == 1 else os.path.relpath(name, above)
         captions = tuple(contents.captions.get(name, ()))
         if is_unicode(stem):
-            photos.append(Photo(stem, path, captions, contents.ids.get(name, ""), contents.files.get(name)))
+            photos.append(Photo(stem, path, captions, contents.ids.get(name, "")))
         else:
             print(f"{name!r}: left out, since the file's name is not UTF-8", file=sys.stderr)
     return photos
@@ -200,14 +200,12 @@ def _folders_beside(annotations: Path) -> list[Path]:
     return [folder for folder in (*(root / name for name in names), root.parent / part) if os.path.isdir(folder)]
 
 
-def _find(annotations: Path, contents: Contents, names: list[str], folders: list[Path]) -> list[Path | None]:
+def _find(names: list[str], folders: list[Path]) -> list[Path | None]:
     """The files of `names` in the first of `folders` that has each, with the folders in front of a name or without.
 
     No name leads out of a folder; `/` as the folder reads absolute names. A name that is not there means the only file
     that is alike.
     """
-    if contents.files:  # they are inside the annotation file
-        return [annotations / name for name in names]
     found: dict[str, Path] = {}
     for folder in folders:
         alike = finder((one,) for one in os.listdir(folder))

@@ -38,8 +38,6 @@ class Contents:
         self.captions: dict[str, list[str]] = {}
         self.splits: dict[str, str] = {}
         self.ids: dict[str, str] = {}
-        self.files: dict[str, bytes] = {}
-        """The photos themselves, where the file holds them."""
         self.left_out: list[str] = []
         """Captions that are null or empty."""
 
@@ -48,11 +46,7 @@ class Contents:
 
         White space is collapsed and empty captions are left out, but not where they are to stay `exact`.
         """
-        name, image = get(place, record, *NAMES, kind=(int, str, dict)), record.get("image")
-        if isinstance(image, dict):  # as hubs keep photos: the file, and its name where no other column has it
-            name = image.get("path") or f"{len(self.captions)}.jpg" if name is image else name
-            self.files |= {name: image["bytes"]} if image.get("bytes") else {}
-        name = str(name).replace("\\", "/")
+        name = str(get(place, record, *NAMES, kind=(int, str))).replace("\\", "/")
         known = self.captions.setdefault(name, [])
         self.ids[name] = str(next((record[key] for key in IDS if key in record), ""))
         if isinstance(record.get("split"), str):
@@ -215,16 +209,6 @@ def parse(where: object, text: str, expected: str = EXPECTED, **options: Any) ->
         raise UserError(f"{where}: not JSON ({error}); expected {expected}") from None
 
 
-def read_parquet(path: Path) -> list[dict]:
-    """The rows of a Parquet file, as hubs publish data sets. Raises UserError, also where pyarrow is not installed."""
-    try:
-        from pyarrow import parquet
-
-        return parquet.read_table(path).to_pylist()
-    except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"{path}: not read as Parquet: {error} (needs: pip install pyarrow)") from None
-
-
 def _merged(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object in which a key that stands there twice has both values: a dict would keep only the last caption."""
     if len(dict(pairs)) == len(pairs):
@@ -238,8 +222,7 @@ def read_contents(path: Path, captioned: bool = True, exact: bool = False, expec
     With `captioned` False the photos alone are wanted: captions are not read, and plain text of no form gives None.
     With `exact` captions are predictions, which stay as they are and may be empty.
     """
-    parquet = path.suffix == ".parquet"
-    content = read_parquet(path) if parquet else parse(path, read_text(path, expected), object_pairs_hook=_merged)
+    content = parse(path, read_text(path, expected), object_pairs_hook=_merged)
     rows = next((rows for _, tells, rows in FORMS if tells(content)), None)
     if rows is None:
         if isinstance(content, str) and not captioned:

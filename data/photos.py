@@ -47,7 +47,7 @@ class Photo:
     id: str = field(default="", compare=False)
     """What the annotations call it besides."""
     content: bytes | None = field(default=None, compare=False, repr=False)
-    """Its file, where that lies inside another, such as Parquet."""
+    """Its file, where that lies inside another, as in the shards of a corpus."""
 
 
 def is_photo(path: Path) -> bool:

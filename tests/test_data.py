@@ -339,26 +339,6 @@ def test_conversations_without_a_caption_are_left_out(tmp_path, capsys):
     assert "2 captions left out: records[0]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_parquet_as_hubs_publish_it(tmp_path, inside):
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    content = (draw(tmp_path / "photos", "a.jpg") / "a.jpg").read_bytes()
-    image = {"bytes": content, "path": "a.jpg"} if inside else "a.jpg"
-    rows = [{"image": image, "caption_0": "two dogs", "caption_1": "dogs"}]
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "photos/train.parquet")
-    (photo,) = read_annotations(tmp_path / "photos/train.parquet")
-    assert (photo.stem, photo.captions) == ("a", ("two dogs", "dogs")) and load_photo(photo).image.size == (8, 6)
-    (photo,) = find_photos(tmp_path / "photos/train.parquet")
-    assert load_photo(photo).image.size == (8, 6)
-
-
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install pyarrow" in error_of(read_annotations, save(tmp_path / "a.parquet", b"PAR1\xff"))
-
-
 @pytest.mark.parametrize(
     "name", ["IMG_2.JPG", "img_2.jpg", "IMG_2.png", "IMG_2", "val2017\\IMG_2.jpg", "/data/IMG_2.jpg"]
 )
