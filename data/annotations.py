@@ -1,6 +1,5 @@
 """Photos and their captions, in folders, lists and annotation files, whose forms are in data/forms.py."""
 
-import glob
 import os
 import sys
 from collections import Counter
@@ -62,9 +61,9 @@ def find_photos(
 ) -> list[Photo]:
     """The photos that `images` stands for, without captions.
 
-    `images` is a folder (its own photos, sorted by name; with `recursive` those of its subfolders too), a photo, a
-    pattern such as `photos/*.jpg`, a text file with one path a line (relative to that file, or to where the script
-    runs), or an annotation file (all of its photos, captioned or not, which must lie beside it), or several of these.
+    `images` is a folder (its own photos, sorted by name; with `recursive` those of its subfolders too), a photo, a text
+    file with one path a line (relative to that file, or to where the script runs), or an annotation file (all of its
+    photos, captioned or not, which must lie beside it), or several of these.
     What else a folder holds is counted on stderr.
     Raises UserError where there are none, where none of those that are named is there, and where the `output` would be
     written over one of these files.
@@ -75,8 +74,6 @@ def find_photos(
             found = _of_folder(source, recursive)
         elif os.path.isfile(source) and is_photo(source):
             found = [source]
-        elif not os.path.exists(source) and glob.has_magic(str(source)):
-            found = sorted(map(Path, glob.glob(str(source), recursive=recursive)))
         elif held := read_contents(source, captioned=False, expected=WANTED):
             found = _find(list(held.captions), _folders_beside(source))
             found = [path or source.parent / os.path.basename(name) for name, path in zip(held.captions, found)]

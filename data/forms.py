@@ -180,23 +180,21 @@ def records(data: Any) -> list:
 
 # ------------------------------------------------------------------------------------------- the table of forms
 
-TOKEN_LINE = re.compile(r"\s*[^\t\n]+#\d+\t")
-
 # A form's name; whether a file's JSON, or its text where it is no JSON, is of it (the first that says so); its records.
 FORMS: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Rows]], ...] = (
     ("COCO's or Karpathy's 'images'", lambda data: isinstance(data, dict) and "images" in data, coco_rows),
     ("JSON records of image and caption", lambda data: has(NAMES, records(data)), json_rows),
     ("a JSON object {photo: caption or captions}", lambda data: data and isinstance(data, dict), object_rows),
-    ("Flickr8k's lines NAME.jpg#0<tab>caption", lambda data: TOKEN_LINE.match(str(data)), token_rows),
+    ("Flickr8k's lines NAME.jpg#0<tab>caption", lambda data: re.match(r"\s*[^\t\n]+#\d+\t", str(data)), token_rows),
     ("a CSV table with columns image and caption", column_mark, table_rows),
 )
 EXPECTED = ", ".join(name for name, _, _ in FORMS)
 
 
-def parse(where: object, text: str, expected: str = EXPECTED, **options: Any) -> Any:
+def parse(where: object, text: str, expected: str = EXPECTED) -> Any:
     """The JSON value in `text`, a list of them where each line holds an object, or `text` itself where it is no JSON.
 
-    `options` go to `json.loads`. Raises UserError, which begins with `where`, for damaged JSON.
+    Raises UserError, which begins with `where`, for damaged JSON.
     """
     first, _, rest = text.lstrip().partition("\n")
     if first[:1] not in ("{", "["):
@@ -204,16 +202,9 @@ def parse(where: object, text: str, expected: str = EXPECTED, **options: Any) ->
     if first.rstrip().endswith("}") and rest.lstrip().startswith("{"):  # an object a line, as no single value has it
         text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
     try:
-        return json.loads(text, **options)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); expected {expected}") from None
-
-
-def _merged(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which a key that stands there twice has both values: a dict would keep only the last caption."""
-    if len(dict(pairs)) == len(pairs):
-        return dict(pairs)
-    return {key: [value for one, value in pairs if one == key] for key, _ in pairs}
 
 
 def read_contents(path: Path, captioned: bool = True, exact: bool = False, expected: str = EXPECTED) -> Contents | None:
@@ -222,7 +213,7 @@ def read_contents(path: Path, captioned: bool = True, exact: bool = False, expec
     With `captioned` False the photos alone are wanted: captions are not read, and plain text of no form gives None.
     With `exact` captions are predictions, which stay as they are and may be empty.
     """
-    content = parse(path, read_text(path, expected), object_pairs_hook=_merged)
+    content = parse(path, read_text(path, expected))
     rows = next((rows for _, tells, rows in FORMS if tells(content)), None)
     if rows is None:
         if isinstance(content, str) and not captioned:
