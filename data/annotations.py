@@ -101,12 +101,6 @@ def find_data(root: Path, split: str) -> tuple[Path, Path]:
     return annotations, own if os.path.isdir(own) else images
 
 
-def names_splits(annotations: Path) -> bool:
-    """Whether `annotations` is cut into splits itself, by a field or by Flickr8k's lists beside it."""
-    listed = os.path.isfile(annotations.parent / "Flickr_8k.trainImages.txt")
-    return listed or bool(read_contents(annotations).splits)
-
-
 def read_splits(
     data: Path | None, train: Source, val: Source, limits: Limits = (None, None), missing: bool = False
 ) -> tuple[list[Photo], list[Photo]]:
@@ -117,8 +111,9 @@ def read_splits(
     """
     if data:
         train, val = find_data(data, "train"), find_data(data, "val")
-    if val[0] is None and names_splits(train[0]):
-        val = train[0], val[1]
+    if val[0] is None:
+        listed = os.path.isfile(train[0].parent / "Flickr_8k.trainImages.txt")
+        val = (train[0] if listed or read_contents(train[0]).splits else None), val[1]
     splits = []
     for (annotations, images), name, most in ((train, "train", limits[0]), (val, "val", limits[1])):
         split = name if train[0] == val[0] else None

@@ -94,7 +94,6 @@ def match(
     references = {photo.stem: list(photo.captions) for photo in annotated}
     photos = {photo.stem: photo for photo in annotated[:limit]}
     longest = {stem: max(len(text.split()) for text in texts) for stem, texts in references.items()}
-    done = "left out for all runs" if missing == "skip" else "scored 0"
     problems, notices, left_out = [], [], set()
     if clip and any(photo.path is None for photo in photos.values()):
         problems.append("images: expected the folder of the photos, which CLIPScore reads; or give --metrics cider")
@@ -109,7 +108,7 @@ def match(
         if absent and missing == "error":
             hint = "caption them, give --missing skip or zero, or annotations (or --limit) of the captioned photos only"
             problems.append(f"predictions: {run.path} has no caption for {first_of(absent)} of {annotations}; {hint}")
-        notices += _notices(run, longest, undecoded, absent, done)
+        notices += _notices(run, longest, undecoded, absent, missing)
     check(problems)
 
     scored = [stem for stem in dict.fromkeys([*runs[0].captions, *photos]) if stem in photos and stem not in left_out]
@@ -120,15 +119,13 @@ def match(
     return Inputs(runs, [photos[stem] for stem in scored], references, notices)
 
 
-def _notices(run: Run, longest: dict[str, int], undecoded: list[str], absent: list[str], done: str) -> list[str]:
-    broken = [stem for stem, caption in run.captions.items() if len(caption.splitlines()) > 1]
+def _notices(run: Run, longest: dict[str, int], undecoded: list[str], absent: list[str], missing: str) -> list[str]:
     unspaced = [stem for stem, caption in run.captions.items() if UNSPACED.search(caption)]
     # CIDEr and BLEU say little about a caption of more than twice the words of any reference
     long = [stem for stem, text in run.captions.items() if len(text.split()) > 2 * longest.get(stem, float("inf"))]
     found = {
         "not decoded by the run, left out for all runs": undecoded,
-        f"no caption, {done}": absent,
-        "captions with line breaks, read as spaces": broken,
+        f"no caption, {'left out for all runs' if missing == 'skip' else 'scored 0'}": absent,
         "captions without spaces between words, of which CIDEr and BLEU say nothing": unspaced,
         "captions too long for CIDEr and BLEU, which are not made for paragraphs": long,
     }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import UserError
+from common.config import check
 from common.files import check_output, written_whole
 
 
@@ -58,8 +58,8 @@ class FeatureCache:
         check_output(self.folder / "photo.bin", overwrite=True, key="features")
         count = max(0, count - sum(1 for _ in self.folder.glob("*/*.bin")))
         needed, free = self.bytes * count / 1e9, shutil.disk_usage(self.folder).free / 1e9
-        if needed > free:
-            raise UserError(f"features: {self.folder} needs {needed:.1f} GB for {count} photos, {free:.1f} GB are free")
+        wanted = f"features: {self.folder} needs {needed:.1f} GB for {count} photos, {free:.1f} GB are free"
+        check([wanted] * (needed > free))
 
 
 class Features:

@@ -154,8 +154,7 @@ def table_rows(text: str, mark: str | None = None, header: list[str] | None = No
             elif len(cells) == len(header) and any(cells):
                 yield f"line {table.line_num}", dict(zip(header, cells))
             elif any(cells):
-                expected = f"expected {len(header)} (with {mark!r} between them)"
-                raise Fault(f"line {table.line_num}: {len(cells)} columns, {expected}, got {cells!r:.60}")
+                raise Fault(f"line {table.line_num}: {len(cells)} columns, expected {len(header)}, got {cells!r:.60}")
     except csv.Error as error:
         raise Fault(f"line {table.line_num}: {error}") from None
 

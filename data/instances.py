@@ -50,10 +50,9 @@ def read_instances(path: Path) -> Instances:
                 where = f"segmentation of annotation {annotation.get('id')}"
                 raise UserError(f"instances: {path}: {where} is {shape!r:.60}; expected {expected}")
             objects[stem].setdefault(names[annotation["category_id"]], []).append(annotation)
-    except KeyError as error:
-        raise UserError(f"instances: {path}: {error} is missing or unknown; expected {EXPECTED}") from None
-    except (TypeError, AttributeError):
-        raise UserError(f"instances: {path}: expected {EXPECTED}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        missing = f"{error} is missing or unknown; " * isinstance(error, KeyError)
+        raise UserError(f"instances: {path}: {missing}expected {EXPECTED}") from None
     if len(sizes) < len(stems):
         raise UserError(f"instances: {path}: {len(stems)} photos have only {len(sizes)} different stems, their keys")
     coco = COCO()

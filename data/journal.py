@@ -21,7 +21,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from common.config import NothingDone, UserError, changes, check, one_line
+from common.config import NothingDone, UserError, changes, check
 from common.files import JsonLines, check_output, lock
 from data.photos import BadPhoto, LoadedPhoto, Photo, key_of
 from data.predictions import write_predictions, wrong_in_form
@@ -51,7 +51,7 @@ class PhotoRows:
     def get(self, photo: Photo, about: object = None) -> Any:
         """The row of a photo; None where there is none that counts."""
         known, row = self.rows.get(photo.stem, (None, None))
-        return row if known == [key_of(photo), about] else None
+        return row if known and known == [key_of(photo), about] else None
 
     def append(self, loaded: LoadedPhoto, row: Any, about: object = None) -> None:
         """Keep the row of a photo, which has just been done."""
@@ -72,7 +72,6 @@ class Journal:
 
     def __init__(self, output: Path, settings: dict[str, dict[str, Any]], overwrite: bool = False):
         self.start, stem = time.monotonic(), output.name.removesuffix(".json")
-        self.settings = json.loads(json.dumps(settings, default=str))
         several = len(settings) > 1
         self.outputs = {name: output.with_name(f"{stem}.{name}.json") if several else output for name in settings}
         self.captions: dict[str, dict[str, list]] = {}
@@ -83,7 +82,7 @@ class Journal:
         own = output.with_name(f"{stem}.journal{self.processes.process_index or ''}.jsonl")
         with self.processes.main_process_first():
             self.unlock = lock(output) if self.processes.is_main_process else lambda: None
-            begun, files = {"decoding": list(settings)} | self.settings, dict.fromkeys([own, *self.journals()])
+            begun, files = {"decoding": list(settings)} | settings, dict.fromkeys([own, *self.journals()])
             self.rows = [PhotoRows(file, begun, overwrite) for file in files]
             for path in self.outputs.values():  # a run killed between its last steps leaves both journal and output
                 check_output(path, overwrite or any(rows.rows for rows in self.rows))
@@ -103,7 +102,7 @@ class Journal:
 
         `text` turns token ids into a caption. One of as many tokens as its decoding allows was cut.
         """
-        limits = {name: one["decoding"]["max_new_tokens"] for name, one in self.settings.items()}
+        limits = {name: self.rows[0].settings[name]["decoding"]["max_new_tokens"] for name in self.outputs}
         for i, loaded in enumerate(batch):
             ids = {name: captions[name][i] for name in limits}
             self.captions[loaded.stem] = {name: [text(ids[name]), len(ids[name]) == limits[name]] for name in limits}
@@ -127,11 +126,9 @@ class Journal:
         for name, path in self.outputs.items():
             captions = {stem: self.captions[stem][name][0] for stem in stems}
             form = wrong_in_form(captions, cut=frozenset(stem for stem in stems if self.captions[stem][name][1]))
-            write_predictions(path, captions, self.settings[name] | meta | {"form": form})
-            wrong = ", ".join(f"{len(found)} {kind}" for kind, found in form.items() if found)
-            print(f"{len(stems)} captions in {path}" + (f"; of these, wrong in form: {wrong}" if wrong else ""))
+            write_predictions(path, captions, self.rows[0].settings[name] | meta | {"form": form})
+            counts = [f"{len(found)} {kind}" for kind, found in ({"skipped": skipped} | form).items() if found]
+            print(f"{len(stems)} captions in {path}" + f" ({', '.join(counts)})" * bool(counts))
         for file in self.journals():
             file.unlink()
         self.unlock()
-        if skipped:
-            print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {one_line(', '.join(skipped))}")

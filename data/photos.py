@@ -111,11 +111,9 @@ def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> Load
     except UnidentifiedImageError:
         hint = "; HEIC photos need pip install pillow-heif" * (content[4:8] == b"ftyp")
         raise BadPhoto(path, f"not a photo in a known format{hint}" if content else "empty file") from None
-    except FileNotFoundError:
-        raise BadPhoto(path, "no such file") from None
     except Exception as error:  # PIL refuses huge photos; decoders of damaged files raise almost anything
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-        raise BadPhoto(path, f"cannot be decoded ({reason})") from None
+        raise BadPhoto(path, f"cannot be read ({reason})") from None
 
 
 def key_of(photo: Photo) -> str | None:
@@ -170,7 +168,6 @@ class PhotoBatches:
     bad: list[BadPhoto] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[list[LoadedPhoto]]:
-        self.bad.clear()
         with tqdm(total=self.done + len(self.photos), initial=self.done, desc=self.label, unit="photo") as bar:
             good = self._good(bar)
             while batch := list(islice(good, self.batch_size)):

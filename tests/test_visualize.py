@@ -183,7 +183,7 @@ def test_captions_shapes_and_names_that_no_run_may_end_by(scene):
 def test_photos_that_were_never_downloaded_are_named_and_left_out(scene, capsys):
     (scene / "photos/two.png").unlink()
     visualize(scene, annotations=scene / "captions.json")
-    assert "two.png: no such file" in capsys.readouterr().err and len(read(scene)["photos"]) == 2
+    assert "two.png: cannot be read (No such file" in capsys.readouterr().err and len(read(scene)["photos"]) == 2
 
 
 def test_no_photo_is_written_over(scene):
