@@ -47,7 +47,7 @@ class Config(CommonSettings):
     data: Path | None = None
     """Folder with val.json (or SPLIT.json) and images/; or name the two below."""
     annotations: Path | None = None
-    """The references, in a form that data/forms.py reads: COCO, Karpathy, Flickr8k, tables, JSON, Parquet."""
+    """The references, in a form that data/forms.py reads: COCO, Karpathy, Flickr8k, tables, JSON."""
     images: Path | None = None
     """Folder of the photos; only CLIPScore reads them, and finds them itself where they lie beside the annotations."""
     metrics: list[Literal[(*METRICS, *sorted(CLIP))]] = field(default_factory=lambda: ["cider", "clipscore"])
@@ -204,8 +204,8 @@ def fixed_point(score: float | None) -> str:
 
 
 def main(cfg: Config) -> None:
-    captions = read_runs(cfg.predictions)
     annotations, annotated = read_references(cfg.data, cfg.annotations, cfg.images, cfg.split, cfg.missing)
+    captions = read_runs(cfg.predictions, annotated)
     inputs = match(captions, annotated, annotations, cfg.limit, cfg.missing, clip=bool(CLIP & set(cfg.metrics)))
     output = check_settings(cfg)
     instances = read_instances(cfg.instances) if "chair" in cfg.metrics else None

@@ -53,7 +53,7 @@ class Config(CommonSettings, CaptionerConfig):
     data: Path | None = None
     """Folder with train.json, val.json and images/; or name the four below."""
     annotations: Path | None = None
-    """Training captions, in a form that data/forms.py reads: COCO, Karpathy, Flickr8k, LLaVA, tables, JSON, Parquet."""
+    """Training captions, in a form that data/forms.py reads: COCO, Karpathy, Flickr8k, LLaVA, tables, JSON."""
     images: Path | None = None
     """Folder of the training photos."""
     val_annotations: Path | None = None

@@ -13,14 +13,13 @@ what a million photos take.
 import hashlib
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from common.config import CommonSettings, NothingDone, UserError, changes, check, plain, run
+from common.config import CommonSettings, UserError, changes, check, plain, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
 from common.files import JsonLines, folder_problems, lock, read_text, remove_folder, write_json, written_whole
 from data.annotations import find_photos
@@ -93,11 +92,10 @@ class PartCaptioner:
         """Captions of N photos, and the reasons why some have none."""
         batches, captions = PhotoBatches(photos, self.cfg.batch_size), {}
         name = ["own"] if self.cfg.model else []  # p1_llava_caption.py draws by the name of the decoding too
-        with suppress(NothingDone):
-            for batch in batches:
-                seeds = {"own": [photo_seed(self.cfg.seed, *name, photo.stem) for photo in batch]}
-                ids = self.model.generate(batch, {"own": self.cfg.decoding}, seeds)["own"]
-                captions |= {photo.stem: self.model.text(caption) for photo, caption in zip(batch, ids)}
+        for batch in batches:
+            seeds = {"own": [photo_seed(self.cfg.seed, *name, photo.stem) for photo in batch]}
+            ids = self.model.generate(batch, {"own": self.cfg.decoding}, seeds)["own"]
+            captions |= {photo.stem: self.model.text(caption) for photo, caption in zip(batch, ids)}
         reasons = {bad.path: bad.reason for bad in batches.bad}
         errors = [reasons.get(photo.path or Path(photo.stem)) for photo in photos]
         return [captions.get(photo.stem) for photo in photos], errors

@@ -1,6 +1,5 @@
 """Photos and their captions, in folders, lists and annotation files, whose forms are in data/forms.py."""
 
-import glob
 import os
 import sys
 from collections import Counter
@@ -46,7 +45,7 @@ def read_annotations(
         raise UserError(f"{annotations}: no photo with a caption" + (f" in split {split!r}" if split else ""))
     folders = _listed(images) or _folders_beside(annotations)
     check([f"{one}: not a folder; expected the photos of {annotations}" for one in folders if not os.path.isdir(one)])
-    paths = _find(annotations, contents, names, folders)
+    paths = _find(names, folders)
     absent = [name for name, path in zip(names, paths) if path is None]
     if missing and any(paths):
         paths = [path or folders[0] / os.path.basename(name) for name, path in zip(names, paths)]
@@ -62,35 +61,33 @@ def find_photos(
 ) -> list[Photo]:
     """The photos that `images` stands for, without captions.
 
-    `images` is a folder (its own photos, sorted by name; with `recursive` those of its subfolders too), a photo, a
-    pattern such as `photos/*.jpg`, a text file with one path a line (relative to that file, or to where the script
-    runs), or an annotation file (all of its photos, captioned or not, which must lie beside it), or several of these.
+    `images` is a folder (its own photos, sorted by name; with `recursive` those of its subfolders too), a photo, a text
+    file with one path a line (relative to that file, or to where the script runs), or an annotation file (all of its
+    photos, captioned or not, which must lie beside it), or several of these.
     What else a folder holds is counted on stderr.
     Raises UserError where there are none, where none of those that are named is there, and where the `output` would be
     written over one of these files.
     """
-    paths, contents = [], Contents()
+    paths = []
     for source in _listed(images):
         if os.path.isdir(source):
             found = _of_folder(source, recursive)
         elif os.path.isfile(source) and is_photo(source):
             found = [source]
-        elif not os.path.exists(source) and glob.has_magic(str(source)):
-            found = sorted(map(Path, glob.glob(str(source), recursive=recursive)))
         elif held := read_contents(source, captioned=False, expected=WANTED):
-            found = _find(source, held, list(held.captions), _folders_beside(source))
+            found = _find(list(held.captions), _folders_beside(source))
             found = [path or source.parent / os.path.basename(name) for name, path in zip(held.captions, found)]
-            contents.files |= {str(source / name): content for name, content in held.files.items()}
         else:
             lines = [Path(line.replace("\\", "/")) for line in _lines(read_text(source, WANTED))]
             found = [path if os.path.isfile(path := source.parent / line) else line for line in lines]
         if not found:
             raise UserError(f"{source}: no photos there ({' '.join(sorted(PHOTO_SUFFIXES))})")
-        if not contents.files and not any(map(os.path.isfile, found)):
+        if not any(map(os.path.isfile, found)):
             raise UserError(f"{source}: {first_of(found)} not there; expected one path a line, or photos beside it")
         paths += found
     check_apart([output] if output else [], [*_listed(images), *paths])
-    return _photos(paths := list(dict.fromkeys(paths))[:limit], paths, contents)  # one that is named twice is one photo
+    paths = list(dict.fromkeys(paths))[:limit]  # one that is named twice is one photo
+    return _photos(paths, paths, Contents())
 
 
 def find_data(root: Path, split: str) -> tuple[Path, Path]:
@@ -104,12 +101,6 @@ def find_data(root: Path, split: str) -> tuple[Path, Path]:
     return annotations, own if os.path.isdir(own) else images
 
 
-def names_splits(annotations: Path) -> bool:
-    """Whether `annotations` is cut into splits itself, by a field or by Flickr8k's lists beside it."""
-    listed = os.path.isfile(annotations.parent / "Flickr_8k.trainImages.txt")
-    return listed or bool(read_contents(annotations).splits)
-
-
 def read_splits(
     data: Path | None, train: Source, val: Source, limits: Limits = (None, None), missing: bool = False
 ) -> tuple[list[Photo], list[Photo]]:
@@ -120,8 +111,9 @@ def read_splits(
     """
     if data:
         train, val = find_data(data, "train"), find_data(data, "val")
-    if val[0] is None and names_splits(train[0]):
-        val = train[0], val[1]
+    if val[0] is None:
+        listed = os.path.isfile(train[0].parent / "Flickr_8k.trainImages.txt")
+        val = (train[0] if listed or read_contents(train[0]).splits else None), val[1]
     splits = []
     for (annotations, images), name, most in ((train, "train", limits[0]), (val, "val", limits[1])):
         split = name if train[0] == val[0] else None
@@ -160,7 +152,7 @@ def _photos(names: list, paths: list, contents: Contents) -> list[Photo]:
         stem = stem if counts[stem] == 1 else os.path.relpath(name, above)
         captions = tuple(contents.captions.get(name, ()))
         if is_unicode(stem):
-            photos.append(Photo(stem, path, captions, contents.ids.get(name, ""), contents.files.get(name)))
+            photos.append(Photo(stem, path, captions, contents.ids.get(name, "")))
         else:
             print(f"{name!r}: left out, since the file's name is not UTF-8", file=sys.stderr)
     return photos
@@ -184,17 +176,13 @@ def _of_folder(folder: Path, recursive: bool) -> list[Path]:
     found = sorted(folder.rglob("*") if recursive else folder.iterdir())
     found = [path for path in found if "/." not in f"/{path.relative_to(folder).as_posix()}"]
     paths = [path for path in found if os.path.isfile(path) and is_photo(path)]
-    kinds = Counter(_kind(path) for path in set(found) - set(paths) if not (recursive and os.path.isdir(path)))
+    others = [path for path in set(found) - set(paths) if not (recursive and os.path.isdir(path))]
+    subfolder = "subfolder (--recursive enters it)"
+    kinds = Counter(subfolder if os.path.isdir(path) else path.suffix or "without suffix" for path in others)
     if kinds:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         print(f"{folder}: not read: {listed}", file=sys.stderr)
     return paths
-
-
-def _kind(path: Path) -> str:
-    if os.path.isdir(path):
-        return "subfolder (--recursive enters it)"
-    return (path.suffix or "without suffix") + ", a link to nothing" * (not os.path.exists(path))
 
 
 def _folders_beside(annotations: Path) -> list[Path]:
@@ -204,14 +192,12 @@ def _folders_beside(annotations: Path) -> list[Path]:
     return [folder for folder in (*(root / name for name in names), root.parent / part) if os.path.isdir(folder)]
 
 
-def _find(annotations: Path, contents: Contents, names: list[str], folders: list[Path]) -> list[Path | None]:
+def _find(names: list[str], folders: list[Path]) -> list[Path | None]:
     """The files of `names` in the first of `folders` that has each, with the folders in front of a name or without.
 
     No name leads out of a folder; `/` as the folder reads absolute names. A name that is not there means the only file
     that is alike.
     """
-    if contents.files:  # they are inside the annotation file
-        return [annotations / name for name in names]
     found: dict[str, Path] = {}
     for folder in folders:
         alike = finder((one,) for one in os.listdir(folder))

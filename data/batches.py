@@ -43,9 +43,7 @@ def batch_tokens(batch: Sequence[Row]) -> int:
     return sum(map(row_tokens, batch))
 
 
-def parts_of_process(
-    batch: Sequence[Row], accumulation: int = 1, processes: int = 1, process: int = 0
-) -> list[list[Row]]:
+def parts_of_process(batch: Sequence[Row], accumulation: int, processes: int, process: int) -> list[list[Row]]:
     """The parts of a batch that one process takes, one after another: `accumulation` of about equal size.
 
     Where the rows are too few there are fewer parts, but each process gets at least one, which may be empty.

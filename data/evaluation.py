@@ -19,14 +19,14 @@ MissingPolicy = Literal["error", "skip", "zero"]
 
 @dataclass(frozen=True)
 class Run:
-    """The captions of one run by photo: as its file names them, and once matched with the annotations by stem."""
+    """The captions of one run by the photos' stems."""
 
     name: str
     path: Path
     captions: dict[str, str]
-    undecoded: frozenset[str] = frozenset()
+    undecoded: frozenset[str]
     """The photos that the run could not decode, as the meta file of its predictions says."""
-    cut: frozenset[str] = frozenset()
+    cut: frozenset[str]
     """Those whose captions ended at the last allowed token, as the meta file says."""
 
 
@@ -44,22 +44,31 @@ class Inputs:
     """What the user should know about the captions, one line each."""
 
 
-def read_runs(predictions: list[Path]) -> list[Run]:
-    """The captions of each file. A run has its file's name, or the whole path where two files have the same name."""
+def read_runs(predictions: list[Path], annotated: list[Photo]) -> list[Run]:
+    """The captions of each file. A run has its file's name, or the whole path where two files have the same name.
+
+    A file may name a photo by its stem, its file or its id, or alike (`data.names`). Raises UserError where a file is
+    no such file, and where two of its captions are of the same photo.
+    """
     check([f"predictions: {path} is given twice" for path, count in Counter(predictions).items() if count > 1])
     names = [path.name.removesuffix(".json") for path in predictions]
     if len(set(names)) < len(names):
         names = list(map(str, predictions))
-    return [Run(name, path, read_predictions(path), *_account(path)) for name, path in zip(names, predictions)]
+    find = finder((photo.stem, photo.id) for photo in annotated)
+    return [_read_run(name, path, find) for name, path in zip(names, predictions)]
 
 
-def _account(predictions: Path) -> tuple[frozenset[str], frozenset[str]]:
-    """Stems of the photos that a run could not decode, and of its captions that were cut."""
+def _read_run(name: str, path: Path, find: Callable[[str], str | None]) -> Run:
+    given = read_predictions(path)
+    captions = {find(photo) or photo: caption for photo, caption in given.items()}
+    check([f"predictions: {path}: two captions of a photo, by other names"] * (len(captions) < len(given)))
     try:
-        meta = json.loads(meta_path(predictions).read_text(encoding="utf-8"))
-        return frozenset(meta["skipped"]), frozenset(meta.get("form", {}).get("cut", ()))
+        meta = json.loads(meta_path(path).read_text(encoding="utf-8"))
+        named = meta["skipped"], meta.get("form", {}).get("cut", ())
+        undecoded, cut = (frozenset(find(photo) or photo for photo in photos) for photos in named)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # captions of other programs have no meta file
-        return frozenset(), frozenset()
+        undecoded = cut = frozenset()
+    return Run(name, path, captions, undecoded, cut)
 
 
 def read_references(
@@ -78,8 +87,6 @@ def match(
 ) -> Inputs:
     """Choose the photos to score: the first `limit` of the annotations, without those that `missing` leaves out.
 
-    A run may name a photo by its stem, its file or its id, or alike (`data.names`).
-
     Every run is scored on the same photos: a score depends on their number, and a mean over only the captioned
     photos would favour a run that skips the hard ones. Raises UserError where captions and photos do not match and
     `missing` does not say what to do, and where `clip` is true and the photos' files are not known.
@@ -87,12 +94,9 @@ def match(
     references = {photo.stem: list(photo.captions) for photo in annotated}
     photos = {photo.stem: photo for photo in annotated[:limit]}
     longest = {stem: max(len(text.split()) for text in texts) for stem, texts in references.items()}
-    done = "left out for all runs" if missing == "skip" else "scored 0"
     problems, notices, left_out = [], [], set()
     if clip and any(photo.path is None for photo in photos.values()):
         problems.append("images: expected the folder of the photos, which CLIPScore reads; or give --metrics cider")
-    find = finder((photo.stem, photo.id) for photo in annotated)
-    runs = [_by_stem(run, find) for run in runs]
     for run in runs:
         unknown = [stem for stem in run.captions if stem not in references]
         if unknown:
@@ -104,7 +108,7 @@ def match(
         if absent and missing == "error":
             hint = "caption them, give --missing skip or zero, or annotations (or --limit) of the captioned photos only"
             problems.append(f"predictions: {run.path} has no caption for {first_of(absent)} of {annotations}; {hint}")
-        notices += _notices(run, longest, undecoded, absent, done)
+        notices += _notices(run, longest, undecoded, absent, missing)
     check(problems)
 
     scored = [stem for stem in dict.fromkeys([*runs[0].captions, *photos]) if stem in photos and stem not in left_out]
@@ -115,23 +119,13 @@ def match(
     return Inputs(runs, [photos[stem] for stem in scored], references, notices)
 
 
-def _by_stem(run: Run, find: Callable[[str], str | None]) -> Run:
-    """The run with its photos called by the stems that `find` gives. Raises UserError where two are the same photo."""
-    captions = {find(name) or name: caption for name, caption in run.captions.items()}
-    check([f"predictions: {run.path}: two captions of a photo, by other names"] * (len(captions) < len(run.captions)))
-    undecoded, cut = (frozenset(find(name) or name for name in names) for names in (run.undecoded, run.cut))
-    return replace(run, captions=captions, undecoded=undecoded, cut=cut)
-
-
-def _notices(run: Run, longest: dict[str, int], undecoded: list[str], absent: list[str], done: str) -> list[str]:
-    broken = [stem for stem, caption in run.captions.items() if len(caption.splitlines()) > 1]
+def _notices(run: Run, longest: dict[str, int], undecoded: list[str], absent: list[str], missing: str) -> list[str]:
     unspaced = [stem for stem, caption in run.captions.items() if UNSPACED.search(caption)]
     # CIDEr and BLEU say little about a caption of more than twice the words of any reference
     long = [stem for stem, text in run.captions.items() if len(text.split()) > 2 * longest.get(stem, float("inf"))]
     found = {
         "not decoded by the run, left out for all runs": undecoded,
-        f"no caption, {done}": absent,
-        "captions with line breaks, read as spaces": broken,
+        f"no caption, {'left out for all runs' if missing == 'skip' else 'scored 0'}": absent,
         "captions without spaces between words, of which CIDEr and BLEU say nothing": unspaced,
         "captions too long for CIDEr and BLEU, which are not made for paragraphs": long,
     }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import UserError
+from common.config import check
 from common.files import check_output, written_whole
 
 
@@ -26,7 +26,6 @@ class FeatureCache:
     def __init__(self, folder: Path, fingerprint: str, shape: tuple[int, int], dtype: type = np.float16):
         self.folder, self.shape, self.dtype = folder / fingerprint, shape, np.dtype(dtype)
         self.bytes = self.dtype.itemsize * shape[0] * shape[1] + 4  # of the CRC-32
-        self.damaged = False  # whether a damaged file was met, which is said once
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.bin"
@@ -35,19 +34,14 @@ class FeatureCache:
         path = self._path(key)
         return path.is_file() and path.stat().st_size == self.bytes
 
-    def read(self, key: str, array: np.ndarray | None = None) -> np.ndarray | None:
-        """The array (P, D) of a photo, filled into `array` where given; None where its file is missing or damaged."""
-        array = np.empty(self.shape, self.dtype) if array is None else array
-        try:
-            with self._path(key).open("rb", buffering=0) as file:
-                file.readinto(array)
-                if file.read(9) == zlib.crc32(array).to_bytes(4):
-                    return array
-        except OSError:
+    def read(self, key: str) -> np.ndarray | None:
+        """The array (P, D) of a photo; None where its file is missing or damaged."""
+        if key not in self:
             return None
-        if not self.damaged:
-            tqdm.write(f"features: {self._path(key)} is damaged; such photos are encoded anew", file=sys.stderr)
-        self.damaged = True
+        content = bytearray(self._path(key).read_bytes())
+        if zlib.crc32(content[:-4]).to_bytes(4) == content[-4:]:
+            return np.frombuffer(content[:-4], self.dtype).reshape(self.shape)
+        tqdm.write(f"features: {self._path(key)} is damaged; its photo is encoded anew", file=sys.stderr)
         return None
 
     def write(self, key: str, array: np.ndarray) -> None:
@@ -64,8 +58,8 @@ class FeatureCache:
         check_output(self.folder / "photo.bin", overwrite=True, key="features")
         count = max(0, count - sum(1 for _ in self.folder.glob("*/*.bin")))
         needed, free = self.bytes * count / 1e9, shutil.disk_usage(self.folder).free / 1e9
-        if needed > free:
-            raise UserError(f"features: {self.folder} needs {needed:.1f} GB for {count} photos, {free:.1f} GB are free")
+        wanted = f"features: {self.folder} needs {needed:.1f} GB for {count} photos, {free:.1f} GB are free"
+        check([wanted] * (needed > free))
 
 
 class Features:
@@ -81,6 +75,6 @@ class Features:
         """Indices of B photos -> (B, P, D). Raises UserError where one is lost and its file is another by now."""
         features = np.empty((len(photos), *self.cache.shape), self.cache.dtype)
         for photo, row in zip(photos, features):
-            if self.cache.read(self.keys[photo], row) is None:
-                row[:] = self.encode(self.keys[photo])
+            array = self.cache.read(self.keys[photo])
+            row[:] = self.encode(self.keys[photo]) if array is None else array
         return torch.from_numpy(features)

@@ -10,12 +10,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError, check
+from common.config import UserError
 from common.files import read_text
 
 # Keys of a record, or columns of a table: the first of them that is there names the photo, or holds its captions.
@@ -25,96 +24,78 @@ NUMBERED = re.compile(r"(caption|sentence|text)_?\d+")  # columns with a caption
 UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, Japanese, Chinese characters
 IDS = ("image_id", "cocoid", "imgid", "id")
 
-Rows = Iterator[tuple[str, Any]]  # a place and the record there, or a function that gives it and may raise a Fault
+Rows = Iterator[tuple[str, Any]]  # a place in the file and the record there
 
 
 class Fault(Exception):
-    """What is wrong with one record of a file."""
+    """What is wrong with a record of a file, after the place of the record."""
 
 
 class Contents:
-    """What a file holds: each photo's captions, the split and the id of some, and its faults, each with its place."""
+    """What a file holds: each photo's captions, and the split and the id of some."""
 
-    def __init__(self, captioned: bool = True, exact: bool = False):
-        self.captioned = captioned  # else the photos alone are wanted
-        self.exact = exact  # captions keep their white space and may be empty, as predictions may
+    def __init__(self):
         self.captions: dict[str, list[str]] = {}
         self.splits: dict[str, str] = {}
         self.ids: dict[str, str] = {}
-        self.files: dict[str, bytes] = {}
-        """The photos themselves, where the file holds them."""
-        self.faults: list[str] = []
         self.left_out: list[str] = []
         """Captions that are null or empty."""
 
-    def read(self, rows: Rows) -> None:
-        """Add all records, and keep what is wrong with any of them."""
-        try:
-            for place, record in rows:
-                try:
-                    self.add(place, record() if callable(record) else record)
-                except Fault as fault:
-                    self.faults.append(f"{place}: {fault}")
-        except Fault as fault:  # of the file as a whole
-            self.faults.append(str(fault))
+    def add(self, place: str, record: Any, captioned: bool, exact: bool) -> None:
+        """Add a photo and, where `captioned`, its captions. Raises Fault.
 
-    def add(self, place: str, record: Any) -> None:
-        """Add a photo and its captions, white space collapsed. Raises Fault."""
-        name, image = get(record, *NAMES, kind=(int, str, dict)), record.get("image")
-        if isinstance(image, dict):  # as hubs keep photos: the file, and its name where no other column has it
-            name = image.get("path") or f"{len(self.captions)}.jpg" if name is image else name
-            self.files |= {name: image["bytes"]} if image.get("bytes") else {}
-        name = str(name).replace("\\", "/")
+        White space is collapsed and empty captions are left out, but not where they are to stay `exact`.
+        """
+        name = str(get(place, record, *NAMES, kind=(int, str))).replace("\\", "/")
         known = self.captions.setdefault(name, [])
         self.ids[name] = str(next((record[key] for key in IDS if key in record), ""))
         if isinstance(record.get("split"), str):
             self.splits[name] = record["split"]
-        for caption in captions_of(record) if self.captioned else ():
-            if caption is None or not self.exact and not str(caption).strip():
+        for caption in captions_of(place, record) if captioned else ():
+            if caption is None or not exact and not str(caption).strip():
                 self.left_out.append(f"{place}: {name} has {'null for' if caption is None else 'an empty'} caption")
             elif not isinstance(caption, str):
-                raise Fault(f"caption of {name} is {caption!r:.60}, not text")
+                raise Fault(f"{place}: caption of {name} is {caption!r:.60}, not text")
             elif not is_unicode(name + caption):
-                raise Fault(f"{name!r} or its caption holds half a surrogate pair, which is no Unicode text")
+                raise Fault(f"{place}: {name!r} or its caption holds half a surrogate pair, which is no Unicode text")
             else:
-                known.append(caption if self.exact else " ".join(caption.split()))
+                known.append(caption if exact else " ".join(caption.split()))
 
 
-def get(record: Any, *keys: str, kind: Any = str) -> Any:
+def get(place: str, record: Any, *keys: str, kind: Any = str) -> Any:
     """What `record` has under the first of `keys` that holds one of `kind`. Raises Fault where none does."""
-    values = record if isinstance(record, dict) else {}
-    for key in keys:
-        if isinstance(values.get(key), kind) and record[key] != "":
+    for key in keys if isinstance(record, dict) else ():
+        if isinstance(record.get(key), kind) and record[key] != "":
             return record[key]
-    raise Fault(f"expected an object with {' or '.join(keys)}, got {record!r:.60}")
+    raise Fault(f"{place}: expected an object with {' or '.join(keys)}, got {record!r:.60}")
 
 
-def captions_of(record: dict) -> list:
+def captions_of(place: str, record: dict) -> list:
     """The captions of a record, which may be in a list, in several columns, or in a conversation. Raises Fault."""
     if "conversations" in record:
-        return [caption_in(get(record, "conversations", kind=list))]
+        turns = get(place, record, "conversations", kind=list)
+        return [caption_in([get(place, turn, "value", "content") for turn in turns])]
     keys = [key for key in CAPTIONS if key in record][:1] or list(filter(NUMBERED.fullmatch, record))
     if not keys:
-        raise Fault(f"no caption under {', '.join(CAPTIONS[:5])} or the like, got {record!r:.60}")
+        raise Fault(f"{place}: no caption under {', '.join(CAPTIONS[:5])} or the like, got {record!r:.60}")
     found = record[keys[0]] if isinstance(record[keys[0]], list) else [record[key] for key in keys]
     return [one.get("raw") if isinstance(one, dict) else one for one in found]  # "raw" is Karpathy's
 
 
-def caption_in(turns: list) -> str | None:
+def caption_in(turns: list[str]) -> str | None:
     """The caption in a conversation of LLaVA or ShareGPT4V: the first answer to a turn that asks for one.
 
-    >>> caption_in([{"from": "human", "value": "<image> Describe it."}, {"from": "gpt", "value": "A dog."}])
+    >>> caption_in(["<image> What colour is it?", "Brown.", "<image> Describe it.", "A dog."])
     'A dog.'
     """
-    texts = [str(get(turn, "value", "content")) for turn in turns]
     asks = re.compile("(?is)(?=.*<im(age|g))(?=.*(caption|descri|summar))")
-    return next((answer for question, answer in zip(texts, texts[1:]) if asks.match(question)), None)
+    return next((answer for question, answer in zip(turns, turns[1:]) if asks.match(question)), None)
 
 
-def has(key: str, records: Any) -> bool:
-    """Whether a record has that key, or any of a list of records."""
-    records = records if isinstance(records, list) else [records]
-    return any(key in record for record in records if isinstance(record, dict))
+def has(keys: Iterable[str], data: Any) -> bool:
+    """Whether `data`, which may be a record or a list of records, has one of the `keys` in any of them."""
+    records = data if isinstance(data, list) else [data]
+    return any(key in record for record in records if isinstance(record, dict) for key in keys)
 
 
 def is_unicode(text: str) -> bool:
@@ -127,27 +108,23 @@ def is_unicode(text: str) -> bool:
 
 def coco_rows(data: dict) -> Rows:
     """COCO's images and annotations, and Karpathy's images, which have their sentences themselves."""
-    key = next((key for key in NAMES if has(key, data["images"])), "id")  # some name the photos by their ids alone
+    key = next((key for key in NAMES if has([key], data["images"])), "id")  # some name the photos by their ids alone
     names: dict[int | str, str] = {}
-
-    def image_of(image: Any) -> dict:
-        name = str(get(image, key, kind=(int, str)))
+    for number, image in enumerate(get("the file", data, "images", kind=list)):
+        place = f"images[{number}]"
+        name = str(get(place, image, key, kind=(int, str)))
         name = os.path.join(str(image.get("filepath") or ""), name)
-        id = get(image, "id", kind=(int, str)) if "id" in image else name
+        id = get(place, image, "id", kind=(int, str)) if "id" in image else name
         if id in names:
-            raise Fault(f"id {id} is also the id of {names[id]}")
+            raise Fault(f"{place}: id {id} is also the id of {names[id]}")
         names[id] = name
-        return image | {"file_name": name, "caption": image.get("sentences", [])}
-
-    def annotation_of(annotation: Any) -> dict:
-        id = get(annotation, "image_id", kind=(int, str))
+        yield place, image | {"file_name": name, "caption": image.get("sentences", [])}
+    for number, annotation in enumerate(get("the file", {"annotations": []} | data, "annotations", kind=list)):
+        place = f"annotations[{number}]"
+        id = get(place, annotation, "image_id", kind=(int, str))
         if id not in names:
-            raise Fault(f"image_id {id} is the id of no image")
-        return annotation | {"file_name": names[id]}
-
-    for where, convert in (("images", image_of), ("annotations", annotation_of)):
-        for number, record in enumerate(data.get(where, ())):
-            yield f"{where}[{number}]", partial(convert, record)
+            raise Fault(f"{place}: image_id {id} is the id of no image")
+        yield place, annotation | {"file_name": names[id]}
 
 
 def json_rows(data: list | dict) -> Rows:
@@ -170,66 +147,61 @@ def table_rows(text: str, mark: str | None = None, header: list[str] | None = No
     # `strict`, else a quote left open would quietly swallow the rows below it into one caption
     quoting = csv.QUOTE_NONE if mark == "|" or header else csv.QUOTE_MINIMAL
     table = csv.reader(io.StringIO(text), delimiter=mark, quoting=quoting, strict=True)
-    rows = (cells for row in table if any(cells := [cell.strip() for cell in row]))
-
-    def record_of(row: list[str]) -> dict:
-        if len(row) != len(header):
-            raise Fault(f"{len(row)} columns, expected {len(header)} (with {mark!r} between them), got {row!r:.60}")
-        return dict(zip(header, row))
-
     try:
-        header = header or [column.lower() for column in next(rows)]
-        for row in rows:
-            yield f"line {table.line_num}", partial(record_of, row)
+        for cells in ([cell.strip() for cell in row] for row in table):
+            if not header:
+                header = [column.lower() for column in cells]
+            elif len(cells) == len(header) and any(cells):
+                yield f"line {table.line_num}", dict(zip(header, cells))
+            elif any(cells):
+                raise Fault(f"line {table.line_num}: {len(cells)} columns, expected {len(header)}, got {cells!r:.60}")
     except csv.Error as error:
         raise Fault(f"line {table.line_num}: {error}") from None
 
 
 def column_mark(text: Any) -> str | None:
     """What separates the columns of a table whose header names photos and captions; None for what is no such table."""
+    header = text.lstrip().partition("\n")[0].lower() if isinstance(text, str) else ""
     for mark in ",;\t|":
-        columns = {column.strip(' "\r') for column in first_line(text).lower().split(mark)}
+        columns = {column.strip(' "\r') for column in header.split(mark)}
         if columns & set(NAMES) and (columns & set(CAPTIONS) or any(map(NUMBERED.fullmatch, columns))):
             return mark
     return None
-
-
-def first_line(text: Any) -> str:
-    return text.lstrip().partition("\n")[0] if isinstance(text, str) else ""
 
 
 def records(data: Any) -> list:
     """The records in JSON data: a list, the first list of records in an object, or the object if it is a record."""
     if not isinstance(data, dict):
         return data
-    lists = [value for value in data.values() if isinstance(value, list) and has_name(value)]
-    return lists[0] if lists else [data] if any(has(key, data) for key in CAPTIONS) else []
-
-
-def has_name(data: Any) -> bool:
-    """Whether a record, or any of a list of records, names a photo."""
-    return any(has(name, data) for name in NAMES)
+    lists = [value for value in data.values() if isinstance(value, list) and has(NAMES, value)]
+    return lists[0] if lists else [data] if has(CAPTIONS, data) else []
 
 
 # ------------------------------------------------------------------------------------------- the table of forms
 
-TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")
-
 # A form's name; whether a file's JSON, or its text where it is no JSON, is of it (the first that says so); its records.
 FORMS: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Rows]], ...] = (
-    ("COCO's or Karpathy's 'images'", lambda data: has("images", data) and isinstance(data, dict), coco_rows),
-    ("JSON records of image and caption", lambda data: has_name(records(data)), json_rows),
+    ("COCO's or Karpathy's 'images'", lambda data: isinstance(data, dict) and "images" in data, coco_rows),
+    ("JSON records of image and caption", lambda data: has(NAMES, records(data)), json_rows),
     ("a JSON object {photo: caption or captions}", lambda data: data and isinstance(data, dict), object_rows),
-    ("Flickr8k's lines NAME.jpg#0<tab>caption", lambda data: TOKEN_LINE.match(first_line(data)), token_rows),
+    ("Flickr8k's lines NAME.jpg#0<tab>caption", lambda data: re.match(r"\s*[^\t\n]+#\d+\t", str(data)), token_rows),
     ("a CSV table with columns image and caption", column_mark, table_rows),
 )
 EXPECTED = ", ".join(name for name, _, _ in FORMS)
 
 
-def parse(where: object, text: str, expected: str = EXPECTED, **options: Any) -> Any:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name that stands there twice, of which a dict would keep one value."""
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return dict(pairs)
+
+
+def parse(where: object, text: str, expected: str = EXPECTED) -> Any:
     """The JSON value in `text`, a list of them where each line holds an object, or `text` itself where it is no JSON.
 
-    `options` go to `json.loads`. Raises UserError, which begins with `where`, for damaged JSON.
+    Raises UserError, which begins with `where`, for damaged JSON.
     """
     first, _, rest = text.lstrip().partition("\n")
     if first[:1] not in ("{", "["):
@@ -237,26 +209,9 @@ def parse(where: object, text: str, expected: str = EXPECTED, **options: Any) ->
     if first.rstrip().endswith("}") and rest.lstrip().startswith("{"):  # an object a line, as no single value has it
         text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
     try:
-        return json.loads(text, **options)
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); expected {expected}") from None
-
-
-def read_parquet(path: Path) -> list[dict]:
-    """The rows of a Parquet file, as hubs publish data sets. Raises UserError, also where pyarrow is not installed."""
-    try:
-        from pyarrow import parquet
-
-        return parquet.read_table(path).to_pylist()
-    except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"{path}: not read as Parquet: {error} (needs: pip install pyarrow)") from None
-
-
-def _merged(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which a key that stands there twice has both values: a dict would keep only the last caption."""
-    if len(dict(pairs)) == len(pairs):
-        return dict(pairs)
-    return {key: [value for one, value in pairs if one == key] for key, _ in pairs}
 
 
 def read_contents(path: Path, captioned: bool = True, exact: bool = False, expected: str = EXPECTED) -> Contents | None:
@@ -265,16 +220,18 @@ def read_contents(path: Path, captioned: bool = True, exact: bool = False, expec
     With `captioned` False the photos alone are wanted: captions are not read, and plain text of no form gives None.
     With `exact` captions are predictions, which stay as they are and may be empty.
     """
-    parquet = path.suffix == ".parquet"
-    content = read_parquet(path) if parquet else parse(path, read_text(path, expected), object_pairs_hook=_merged)
+    content = parse(path, read_text(path, expected))
     rows = next((rows for _, tells, rows in FORMS if tells(content)), None)
     if rows is None:
         if isinstance(content, str) and not captioned:
             return None
         raise UserError(f"{path}: {'not a known form' if content else 'empty'}; expected {expected}")
-    contents = Contents(captioned, exact)
-    contents.read(rows(content))
-    check([f"{path}: {fault}" for fault in contents.faults[:1]] + contents.faults[1:])
+    contents = Contents()
+    try:
+        for place, record in rows(content):
+            contents.add(place, record, captioned, exact)
+    except Fault as fault:
+        raise UserError(f"{path}: {fault}") from None
     if contents.left_out:
         some = "; ".join(contents.left_out[:3])
         print(f"{path}: {len(contents.left_out)} captions left out: {some}", file=sys.stderr)

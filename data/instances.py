@@ -1,11 +1,12 @@
 """Masks of the objects in photos, from COCO's instances files (polygons or run lengths)."""
 
-import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask
 from pycocotools.coco import COCO
 
 from common.config import UserError
@@ -49,10 +50,9 @@ def read_instances(path: Path) -> Instances:
                 where = f"segmentation of annotation {annotation.get('id')}"
                 raise UserError(f"instances: {path}: {where} is {shape!r:.60}; expected {expected}")
             objects[stem].setdefault(names[annotation["category_id"]], []).append(annotation)
-    except KeyError as error:
-        raise UserError(f"instances: {path}: {error} is missing or unknown; expected {EXPECTED}") from None
-    except (TypeError, AttributeError):
-        raise UserError(f"instances: {path}: expected {EXPECTED}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        missing = f"{error} is missing or unknown; " * isinstance(error, KeyError)
+        raise UserError(f"instances: {path}: {missing}expected {EXPECTED}") from None
     if len(sizes) < len(stems):
         raise UserError(f"instances: {path}: {len(stems)} photos have only {len(sizes)} different stems, their keys")
     coco = COCO()
@@ -61,24 +61,13 @@ def read_instances(path: Path) -> Instances:
 
 
 def _is_segmentation(shape: Any, size: tuple[int, int]) -> bool:
-    """Whether pycocotools can draw it: its C code reads and writes without looking."""
-    if isinstance(shape, dict):
-        counts = shape.get("counts")
-        counts = _run_lengths(counts) if isinstance(counts, str) else counts
-        sound = isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts)
-        return sound and tuple(shape.get("size") or ()) == size and sum(counts) == size[0] * size[1]
-    if not isinstance(shape, list) or not shape:
-        return False
-    numbers = [number for one in shape for number in one] if all(isinstance(one, list) for one in shape) else [None]
-    near = all(isinstance(number, (int, float)) and abs(number) <= 2 * max(size) for number in numbers)
-    return near and all(len(one) >= 6 and len(one) % 2 == 0 for one in shape)
-
-
-def _run_lengths(text: str) -> list[int]:
-    """COCO's compressed run lengths: 5 bits a character, from the fourth on as the difference from the last but one."""
-    counts: list[int] = []
-    for number in re.findall("[P-o]*[0-O]", text) if re.fullmatch("[0-o]*[0-O]", text) else ():
-        value = sum((ord(bits) - 48 & 31) << 5 * place for place, bits in enumerate(number))
-        value -= (ord(number[-1]) - 48 & 16) << 5 * len(number) - 4  # of a negative one
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-    return counts
+    """Whether pycocotools can draw it: of polygons its C code reads and writes without looking."""
+    with suppress(Exception):  # such as pycocotools raises
+        if isinstance(shape, dict):
+            runs = mask.frPyObjects(shape, *size) if isinstance(shape["counts"], list) else shape
+            counts = runs["counts"] if isinstance(runs["counts"], bytes) else runs["counts"].encode()
+            again = mask.encode(np.asfortranarray(mask.decode(runs)))  # with runs too short, the rest is other memory
+            return tuple(shape["size"]) == size and again["counts"] == counts
+        corners = [np.reshape(np.asarray(polygon, float), (-1, 2)) for polygon in shape]
+        return min(map(len, corners)) > 2 and np.abs(np.concatenate(corners)).max() <= 2 * max(size)
+    return False

@@ -21,7 +21,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from common.config import NothingDone, UserError, changes, check, one_line
+from common.config import NothingDone, UserError, changes, check
 from common.files import JsonLines, check_output, lock
 from data.photos import BadPhoto, LoadedPhoto, Photo, key_of
 from data.predictions import write_predictions, wrong_in_form
@@ -134,9 +134,7 @@ class Journal:
             captions = {stem: self.captions[stem][name][0] for stem in stems}
             form = wrong_in_form(captions, cut=frozenset(stem for stem in stems if self.captions[stem][name][1]))
             write_predictions(path, captions, self.settings[name] | meta | {"form": form})
-            wrong = ", ".join(f"{len(found)} {kind}" for kind, found in form.items() if found)
-            print(f"{len(stems)} captions in {path}" + (f"; of these, wrong in form: {wrong}" if wrong else ""))
+            counts = [f"{len(found)} {kind}" for kind, found in ({"skipped": skipped} | form).items() if found]
+            print(f"{len(stems)} captions in {path}" + f" ({', '.join(counts)})" * bool(counts))
         for file in self.journals():
             file.unlink()
-        if skipped:
-            print(f"{len(skipped)} photo{'s' * (len(skipped) > 1)} skipped: {one_line(', '.join(skipped))}")

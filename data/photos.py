@@ -3,7 +3,6 @@
 import hashlib
 import io
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from common.config import NothingDone, UserError, one_line
+from common.config import UserError, one_line
 from data.names import PHOTO_SUFFIXES
 from data.prefetch import prefetch
 
@@ -48,7 +47,7 @@ class Photo:
     id: str = field(default="", compare=False)
     """What the annotations call it besides."""
     content: bytes | None = field(default=None, compare=False, repr=False)
-    """Its file, where that lies inside another, such as Parquet."""
+    """Its file, where that lies inside another, as in the shards of a corpus."""
 
 
 def is_photo(path: Path) -> bool:
@@ -112,11 +111,9 @@ def load_photo(photo: Photo, known: Callable[[str], bool] | None = None) -> Load
     except UnidentifiedImageError:
         hint = "; HEIC photos need pip install pillow-heif" * (content[4:8] == b"ftyp")
         raise BadPhoto(path, f"not a photo in a known format{hint}" if content else "empty file") from None
-    except FileNotFoundError:
-        raise BadPhoto(path, "no such file") from None
     except Exception as error:  # PIL refuses huge photos; decoders of damaged files raise almost anything
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-        raise BadPhoto(path, f"cannot be decoded ({reason})") from None
+        raise BadPhoto(path, f"cannot be read ({reason})") from None
 
 
 def key_of(photo: Photo) -> str | None:
@@ -139,11 +136,8 @@ def _decode(content: bytes) -> Image.Image:
         if image.mode == "F" or image.mode.startswith("I"):
             image = _grey8(image)
         elif image.has_transparency_data:
-            image = image.convert("RGBA").reduce(shrink)
-            image, shrink = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image), 1
-        elif image.mode in ("1", "P"):  # whose values are not to be averaged
-            image = image.convert("RGB")
-        return image.reduce(shrink).convert("RGB")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB").reduce(shrink)
 
 
 def _grey8(image: Image.Image) -> Image.Image:
@@ -160,8 +154,7 @@ class PhotoBatches:
     """Photos in lists of `batch_size`, read and decoded ahead by `workers` threads, in order, behind a progress bar.
 
     A photo that cannot be decoded is named on stderr and kept in `bad`; the next one takes its place, so that only the
-    last list may be shorter. Iterating raises NothingDone at the end where no photo was good, neither now nor earlier,
-    unless it is one of several processes.
+    last list may be shorter.
     """
 
     photos: Sequence[Photo]
@@ -175,15 +168,11 @@ class PhotoBatches:
     bad: list[BadPhoto] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[list[LoadedPhoto]]:
-        self.bad.clear()
         with tqdm(total=self.done + len(self.photos), initial=self.done, desc=self.label, unit="photo") as bar:
             good = self._good(bar)
             while batch := list(islice(good, self.batch_size)):
                 yield batch
                 bar.update(len(batch))
-        alone = "RANK" not in os.environ  # another process may have found good ones
-        if self.photos and not self.done and len(self.bad) == len(self.photos) and alone:
-            raise NothingDone(f"none of {len(self.photos)} photos could be decoded")
 
     def _good(self, bar: tqdm) -> Iterator[LoadedPhoto]:
         def load(photo: Photo) -> LoadedPhoto | BadPhoto:

@@ -4,14 +4,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
-
-Item, Ready = TypeVar("Item"), TypeVar("Ready")
 
 
-def prefetch(
-    items: Iterable[Item], prepare: Callable[[Item], Ready], workers: int = 1, waiting: int = 1
-) -> Iterator[Ready]:
+def prefetch(items: Iterable, prepare: Callable, workers: int = 1, waiting: int = 1) -> Iterator:
     """`prepare(item)` for each item in turn, up to `waiting` of them begun before they are asked for."""
     pool, upcoming = ThreadPoolExecutor(workers), iter(items)
     try:

@@ -131,7 +131,7 @@ def test_what_a_killed_process_left_is_cleaned(run):
 # ------------------------------------------------------------------------------------------- features
 
 
-def test_a_damaged_feature_is_encoded_anew_and_said_once(captioner_config, data_root, tmp_path, capsys):
+def test_a_damaged_feature_is_encoded_anew_and_said(captioner_config, data_root, tmp_path, capsys):
     encoder = build_encoder(captioner_config().encoder)
     photos = find_photos(data_root / "images" / "train")
     features, good, _ = encode_files(encoder, photos, tmp_path)
@@ -143,7 +143,7 @@ def test_a_damaged_feature_is_encoded_anew_and_said_once(captioner_config, data_
     reader = CachedEncoder(encoder, tmp_path)
     torch.testing.assert_close(reader([load_photo(photo) for photo in photos]), expected, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(features[good], expected, atol=2e-3, rtol=2e-3)
-    assert capsys.readouterr().err.count("is damaged; such photos are encoded anew") == 2  # by each reader once
+    assert capsys.readouterr().err.count("is damaged; its photo is encoded anew") == 2  # by each reader
     assert all(features.cache.read(key) is not None for key in features.keys)
     files[0].unlink()
     copied = Path(shutil.copy(photos[0].path, tmp_path))

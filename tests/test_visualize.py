@@ -156,7 +156,7 @@ def test_masks_of_other_sizes_a_full_folder_and_no_photo(scene, capsys):
         visualize(scene, "other")
     for stem in CAPTIONS:
         (scene / f"photos/{stem}.png").write_bytes(b"")
-    with pytest.raises(NothingDone, match="none of 3 photos"):
+    with pytest.raises(NothingDone, match="nothing could be drawn"):
         visualize(scene, "nothing")
 
 
@@ -181,7 +181,7 @@ def test_captions_shapes_and_names_that_no_run_may_end_by(scene):
 def test_photos_that_were_never_downloaded_are_named_and_left_out(scene, capsys):
     (scene / "photos/two.png").unlink()
     visualize(scene, annotations=scene / "captions.json")
-    assert "two.png: no such file" in capsys.readouterr().err and len(read(scene)["photos"]) == 2
+    assert "two.png: cannot be read (No such file" in capsys.readouterr().err and len(read(scene)["photos"]) == 2
 
 
 def test_no_photo_is_written_over(scene):
@@ -194,10 +194,11 @@ def test_no_photo_is_written_over(scene):
 
 
 BAD_MASKS = {
-    "too few": {"counts": [10], "size": [60, 120]},
+    "another size": {"counts": [60 * 120], "size": [60, 121]},
     "too many": {"counts": [0, 60 * 120 + 1], "size": [60, 120]},
     "negative": {"counts": [-1, 60 * 120 + 1], "size": [60, 120]},
-    "compressed, short": {"counts": "52203", "size": [60, 120]},
+    "compressed, too many": {"counts": "PPPPP1", "size": [60, 120]},
+    "neither": {"counts": 3, "size": [60, 120]},
     "far": [[1e9, 0, 1, 1, 2, 2]],
     "infinite": [[float("inf"), 0, 1, 1, 2, 2]],
     "odd": [[0, 0, 1, 1, 2, 2, 3]],

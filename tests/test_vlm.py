@@ -183,7 +183,7 @@ def test_bad_photos_are_named_and_counted(llava_folder, photos, tmp_path):
     (folder / "void.jpg").touch()
     Image.new("1", (20_000, 20_000)).save(folder / "vast.png")
     done = subprocess.run(command(llava_folder, folder, tmp_path / "x.json"), capture_output=True, text=True)
-    assert done.returncode == 0 and "1 captions in" in done.stdout and "4 photos skipped" in done.stdout
+    assert done.returncode == 0 and "1 captions in" in done.stdout and "4 skipped" in done.stdout
     assert all(f"skipped {folder / name}: " in done.stderr for name in ("cut.jpg", "text.jpg", "void.jpg", "vast.png"))
     assert list(read_predictions(tmp_path / "x.json")) == ["good"]
     skipped = json.loads((tmp_path / "x.meta.json").read_text())["skipped"]
