@@ -1,12 +1,14 @@
 """A captioner on disk: `captioner.json` (what to build), `projector.safetensors`, `decoder_lora/` in peft's own form.
 
+    python -m models.checkpoint --checkpoint RUN --merge FOLDER    # a plain transformers model, to share
+
 The frozen encoder and decoder are not copied; `captioner.json` names them. The folder's contents alone decide how it is
 read, and every tensor must be there, of the right shape, with none left over.
 """
 
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.config import UserError, check, config_from
-from common.files import folder_written_whole, restore_folder, write_json
+from common.config import UserError, check, config_from, run
+from common.files import folder_problems, folder_written_whole, restore_folder, write_json
 from models.captioner import Captioner, CaptionerConfig, build_captioner
-from models.decoder import check_decoder
+from models.decoder import check_decoder, merge_lora
 from models.encoder import check_encoder
 from models.hub import loading
 
@@ -124,3 +126,31 @@ def load_captioner(path: Path) -> Captioner:
     captioner = build_captioner(check_checkpoint(folder))
     load_trained(captioner, folder)
     return captioner.eval()
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """A trained captioner without peft: its decoder as a plain transformers model, its projector beside it."""
+
+    checkpoint: Path
+    """A run folder of p2_train.py (its best/ is taken), a checkpoint folder, or USER/NAME of the model hub."""
+    merge: Path
+    """Folder to write: decoder/ with LoRA folded in and the tokenizer, projector.safetensors, captioner.json."""
+
+
+def main(cfg: MergeConfig) -> None:
+    check(folder_problems(cfg.merge, False, "give another name"))
+    captioner = load_captioner(cfg.checkpoint)
+    lm = merge_lora(captioner.decoder)
+    # weights of a GGUF file are plain by now, but transformers saves no model that says it is quantized
+    shape = {name: value for name, value in lm.config.to_dict().items() if name != "quantization_config"}
+    plain = type(lm)(type(lm.config).from_dict(shape))
+    with folder_written_whole(cfg.merge) as part:
+        plain.save_pretrained(part / "decoder", state_dict=lm.state_dict())
+        captioner.tokenizer.save_pretrained(part / "decoder")
+        save_file(captioner.projector.state_dict(), part / PROJECTOR)
+        write_json(part / CONFIG, asdict(captioner.config))
+
+
+if __name__ == "__main__":
+    run(main, MergeConfig)

@@ -1,7 +1,6 @@
 """Weights from strangers: no code of theirs runs, and what does not fit is refused in one line."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from safetensors.torch import load_file, save_file
 import p2_inference
 import p3_visualize
 from common.config import UserError
+from data.photos import Photo, load_photo
 from data.predictions import read_predictions
 from metrics.clipscore import load_clip
 from models.captioner import Captioner
-from models.checkpoint import find_checkpoint, save_captioner
+from models.checkpoint import MergeConfig, find_checkpoint, main as merge, save_captioner
 from models.decoder import DecoderConfig, load_decoder
 from models.decoding import Decoding
 from models.encoder import EncoderConfig, build_encoder
@@ -173,19 +173,37 @@ def test_a_name_that_no_hub_has_is_one_line():
         find_checkpoint(Path("no/body"))
 
 
-def test_a_merged_captioner_is_a_plain_model_that_captions_alike(run, caption):
+def test_a_merged_captioner_is_a_plain_model_that_captions_alike(run, tmp_path, caption):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from models.checkpoint import load_captioner
 
-    _, _, after = Path("docs/results.md").read_text(encoding="utf-8").partition("Who does not want peft")
-    code = re.search(r"```python\n(.*?)```", after, re.DOTALL)[1]
-    exec(code.replace("runs/p2_r32", str(run)))  # as the page says
+    merge(MergeConfig(run, tmp_path / "merged"))
+    files = {str(path.relative_to(tmp_path / "merged")) for path in (tmp_path / "merged").rglob("*.safetensors")}
+    assert files == {"projector.safetensors", "decoder/model.safetensors"}
     tuned = load_captioner(run)
-    lm = AutoModelForCausalLM.from_pretrained(f"{run}_merged", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(f"{run}_merged")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "merged/decoder", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged/decoder")
     plain = Captioner(tuned.encoder, tuned.projector, lm.eval(), tokenizer, tuned.config)
+    tuned.projector.load_state_dict(load_file(tmp_path / "merged/projector.safetensors"))
     torch.manual_seed(0)
     features, decoding = 2 * torch.randn(8, tuned.encoder.tokens, tuned.encoder.width), Decoding(12)
     captions = caption(tuned, features, decoding)
     assert caption(plain, features, decoding) == captions and len(set(captions)) > 2
+    with pytest.raises(UserError, match="output: .*merged exists"):
+        merge(MergeConfig(run, tmp_path / "merged"))
+
+
+def test_the_shipped_captioner_merges_too(tmp_path):
+    """Its decoder comes from a GGUF file, which transformers by itself does not save again."""
+    from transformers import AutoModelForCausalLM
+
+    from models.checkpoint import load_captioner
+    from report.steps import PHOTO
+
+    merge(MergeConfig(Path("checkpoints/flickr8k"), tmp_path / "merged"))
+    tuned, photo = load_captioner(Path("checkpoints/flickr8k")), [load_photo(Photo("photo", PHOTO))]
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "merged/decoder", dtype=torch.float32)
+    plain = Captioner(tuned.encoder, tuned.projector, lm.eval(), tuned.tokenizer, tuned.config)
+    captions = [one.generate(photo, {"own": Decoding(20)}, {"own": ()}) for one in (plain, tuned)]
+    assert captions[0] == captions[1] and len(captions[0]["own"][0]) > 4
