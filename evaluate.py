@@ -11,6 +11,9 @@ and `--annotations`. The scores of every photo go to a JSON file. The last line 
 the (first) run.
 """
 
+import common  # noqa: F401  Ctrl-C ends what is loaded below without a traceback
+
+# isort: split
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version

@@ -9,6 +9,9 @@ With one decoding the captions go to captions.json, with several to captions.bes
 be decoded is named, skipped and counted. A stopped run goes on where it was when the same command is given again.
 """
 
+import common  # noqa: F401  Ctrl-C ends what is loaded below without a traceback
+
+# isort: split
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal

@@ -9,6 +9,9 @@ that cannot be decoded is named, skipped and counted. A stopped run goes on wher
 again.
 """
 
+import common  # noqa: F401  Ctrl-C ends what is loaded below without a traceback
+
+# isort: split
 from dataclasses import asdict, dataclass
 from pathlib import Path
 

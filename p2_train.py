@@ -11,6 +11,9 @@ SIGTERM or Ctrl-C lets the step end, saves and stops; a second one stops at once
 train as one does, and stop together within 20 steps.
 """
 
+import common  # noqa: F401  Ctrl-C ends what is loaded below without a traceback
+
+# isort: split
 import math
 import sys
 import time
@@ -344,8 +347,7 @@ def main(cfg: Config) -> None:
     train = prepare_split(captioner, photos, cfg.features, cfg.skip_bad_photos)
     val = prepare_split(captioner, val_photos, cfg.features, cfg.skip_bad_photos) if val_photos else None
     if cfg.consensus:
-        scores = agreement({photo.stem: list(photo.captions) for photo in train.photos})
-        weigh_by_agreement(train, scores, cfg.consensus)
+        weigh_by_agreement(train, agreement({one.stem: list(one.captions) for one in train.photos}), cfg.consensus)
     inputs = inputs_hash(state, train, val)
     if state:
         load_trained(captioner, cfg.output / "last")

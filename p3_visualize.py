@@ -11,6 +11,9 @@ on what the words name, beside controls that show what chance gives. A stopped r
 command is given again; with --instances it begins anew there.
 """
 
+import common  # noqa: F401  Ctrl-C ends what is loaded below without a traceback
+
+# isort: split
 import json
 import sys
 from dataclasses import dataclass, field

@@ -136,8 +136,10 @@ def kept_folder(folder: Path) -> Path:
 
 
 def restore_folder(folder: Path) -> None:
-    """Bring the old `folder` back, where a process was killed after it had moved it away."""
-    if not folder.exists():
+    """Bring the old `folder` back, where a process was killed after it had moved it away; delete it where it is spare."""
+    if folder.exists():
+        shutil.rmtree(kept_folder(folder), ignore_errors=True)
+    else:
         with suppress(FileNotFoundError):  # there is nothing to bring back, or another process was faster
             os.rename(kept_folder(folder), folder)
 
