@@ -136,7 +136,7 @@ def kept_folder(folder: Path) -> Path:
 
 
 def restore_folder(folder: Path) -> None:
-    """Bring the old `folder` back, where a process was killed after it had moved it away; delete it where it is spare."""
+    """Bring the old `folder` back, where a process was killed after it had moved it away; delete a spare one."""
     if folder.exists():
         shutil.rmtree(kept_folder(folder), ignore_errors=True)
     else:
