@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import UserError
+from common.config import NothingDone, UserError
 from data.features import FeatureCache, Features
 from data.photos import BadPhoto, LoadedPhoto, Photo, PhotoBatches, load_photo
 
@@ -46,6 +46,8 @@ def encode_files(
             for photo, features in zip(new, encode(encoder, new).float().cpu().numpy()):
                 cache.write(photo.key, features)
     good = [i for i, photo in enumerate(photos) if photo.stem in keys]
+    if not good:
+        raise NothingDone(f"none of {len(photos)} photos could be decoded")
     paths = {keys[photos[i].stem]: photos[i] for i in good}
 
     def anew(key: str) -> np.ndarray:
