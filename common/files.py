@@ -150,9 +150,12 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Delete what killed processes have left half written in `folder`, into which no other process writes now."""
-    for part in folder.glob(".*.part"):
+def remove_parts(folder: Path, name: str = ".*") -> None:
+    """Delete what killed processes have left half written in `folder`, where nothing else writes now.
+
+    `name` is a pattern, with which the names of these files begin.
+    """
+    for part in folder.glob(f"{name}.part"):
         remove_folder(part) if part.is_dir() else part.unlink()
 
 

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from common.config import NothingDone, UserError, changes, check
-from common.files import JsonLines, check_output, lock
+from common.files import JsonLines, check_output, lock, remove_parts
 from data.photos import BadPhoto, LoadedPhoto, Photo, key_of
 from data.predictions import write_predictions, wrong_in_form
 
@@ -84,6 +84,7 @@ class Journal:
         with self.processes.main_process_first():
             if self.processes.is_main_process:
                 lock(output)
+                remove_parts(output.parent, f".{glob.escape(stem)}.*")
                 for file in self.journals() if overwrite else ():
                     file.unlink()
             begun, files = {"decoding": list(settings)} | self.settings, dict.fromkeys([own, *self.journals()])
