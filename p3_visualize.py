@@ -228,6 +228,7 @@ def main(cfg: Config) -> None:
     if cfg.annotations:
         model.check_room(max(len(model.ids(text)) for photo in photos for text in photo.captions), "annotations")
     remove_parts(cfg.output)
+    rows.begin()  # by its file the next start knows this folder
     for older in ("index.html", "grounding.json"):
         (cfg.output / older).unlink(missing_ok=True)
 

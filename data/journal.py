@@ -53,11 +53,15 @@ class PhotoRows:
         known, row = self.rows.get(photo.stem, (None, None))
         return row if known and known == [key_of(photo), about] else None
 
-    def append(self, loaded: LoadedPhoto, row: Any, about: object = None) -> None:
-        """Keep the row of a photo, which has just been done."""
+    def begin(self) -> None:
+        """Write the line of settings, where there is none."""
         if self.before is None:
             self.before = self.settings
             self.file.append(self.settings)
+
+    def append(self, loaded: LoadedPhoto, row: Any, about: object = None) -> None:
+        """Keep the row of a photo, which has just been done."""
+        self.begin()
         self.rows[loaded.stem] = [loaded.key, about], row
         self.file.append([loaded.stem, *self.rows[loaded.stem]])
 
@@ -73,8 +77,8 @@ class Journal:
     def __init__(self, output: Path, settings: dict[str, dict[str, Any]], overwrite: bool = False):
         self.start, stem = time.monotonic(), output.name.removesuffix(".json")
         self.settings = json.loads(json.dumps(settings, default=str))
-        several = len(settings) > 1
-        self.outputs = {name: output.with_name(f"{stem}.{name}.json") if several else output for name in settings}
+        one = len(settings) == 1
+        self.outputs = {name: output if one else output.with_name(f"{stem}.{name}.json") for name in settings}
         self.captions: dict[str, dict[str, tuple[str, bool]]] = {}
         """{stem: {name of the decoding: (caption, whether it ended at the last allowed token)}}"""
         # gloo, accelerate's choice for a CPU, is enough to wait for each other: a day, since shares take unequal times

@@ -113,8 +113,7 @@ class Captioner(nn.Module):
         caches = [prefill(lm.base_model, inputs_embeds=part) for part in parts]
         # `generate` takes ids for all positions; those of the image are not read, since the cache holds them
         ids = torch.full((len(prefix), prefix.shape[1] + 1), eos, device=prefix.device)
-        mask = {"attention_mask": torch.ones_like(ids)}
-        return generate_all(lm, caches, ids, decodings, seeds, [eos], hidden=ids.shape[1], **mask)
+        return generate_all(lm, caches, ids, decodings, seeds, [eos], ids.shape[1], attention_mask=torch.ones_like(ids))
 
     @torch.no_grad()
     def attend(

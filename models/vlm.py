@@ -8,7 +8,7 @@ docs/grounding.md lists the families of models.
 import re
 import sys
 from collections.abc import Collection, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -88,8 +88,7 @@ class VisionLanguageModel(nn.Module):
         """Token ids of B captions for each decoding; see `models.interface`."""
         inputs = self.inputs(photos)
         if not self.placed:
-            plainly = partial(generate_plainly, self.model, inputs)
-            return {name: plainly(decodings[name], seeds[name], self.eos) for name in decodings}
+            return {key: generate_plainly(self.model, inputs, decodings[key], seeds[key], self.eos) for key in seeds}
         # `generate` prepares what differs between families: positions, masks, token types. It reads the prompt's last
         # token too, by which captions begin, since in PaliGemma all tokens of a prompt see each other
         cache, calls = DynamicCache(), []  # every layer of this cache keeps all tokens
