@@ -15,12 +15,12 @@ def plot_losses(rows: list[dict], file: Path) -> None:
         if "step" in row:  # steps are counted within an epoch; the row that ends it follows
             training.append((done + row["step"], row["loss"]))
         else:
-            done = training[-1][0] if training else 0  # a stage may have no step
+            done = training[-1][0]
             if "val_loss" in row:
                 validation.append((done, row["val_loss"]))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([step for step, _ in training], [loss for _, loss in training], linewidth=1, label="training")
+    axes.plot(*zip(*training), linewidth=1, label="training")
     if validation:
         axes.plot(*zip(*validation), "o-", label="validation, at each epoch's end")
     for stage, start in stages.items():

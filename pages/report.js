@@ -91,8 +91,7 @@ function maps(photo, methods) {
 }
 
 // left, top, width and height, in percent, of what the model sees of a photo
-function seen({box, size, words}) {
-  if (!words[0].shares) return box;
+function seen({box, size}) {
   const [left, top, right, bottom] = box.map((edge, i) => 100 * edge / size[i % 2]);
   return [left, top, right - left, bottom - top];
 }
@@ -137,11 +136,8 @@ const shown = {
   grounding: one => [table({head: ["", ...GROUNDING.map(([, label]) => label)], rows: Object.entries(one.grounding).map(
     ([row, scores]) => [row, ...GROUNDING.map(([metric]) => scores[metric])])})],
   curves: one => curves(one.curves),
-  attention: one => Array.isArray(one.attention)
-    ? curves(Object.fromEntries(["photo", "caption so far", "first token"].map((part, n) =>
-      [`${part}, percent by layer`, one.attention.map((layer, i) => [i + 1, layer[n]])])))
-    : [make("p", {class: "said"},
-      `${Math.round(100 * one.attention)}% goes to the photo: mean over words, layers and heads.`)],
+  attention: one => curves(Object.fromEntries(["photo", "caption so far", "first token"].map((part, n) =>
+    [`${part}, percent by layer`, one.attention.map((layer, i) => [i + 1, layer[n]])]))),
   photo: one => [make("div", {class: "photo"}, make("img", {src: one.photo, alt: one.about}),
     make("dl", {}, ...one.lines.flatMap(([name, text]) => [make("dt", {}, name), make("dd", {}, text)])))],
   maps: one => maps(one.maps, one.methods),

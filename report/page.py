@@ -132,8 +132,8 @@ def heatmaps(s: Setting, same: dict[str, dict]) -> Iterator[dict]:
         (photo,) = read_heatmaps(s.work / "look_photo")["photos"]
         yield maps("the captioner that ships", "look_photo", photo, ("last_mean", "fuse"))
     for name, page in same.items():
-        words = [word.get("shares", word.get("mass")) for photo in page["photos"] for word in photo["words"]]
-        mean = np.mean(words, axis=0).tolist()  # of three parts by layer, or of the photo in all layers
+        words = [word["shares"] for photo in page["photos"] for word in photo["words"]]
+        mean = np.mean(words, axis=0).tolist()  # of three parts by layer
         yield {"attention": mean, "about": f"Attention of {NAMES[name]}", "by": [f"same_{name}"]}
 
 
