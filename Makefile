@@ -4,7 +4,7 @@
 # make test         the tests; CAPTION_DATA=FOLDER adds those that need real photos
 # make test-oldest  the tests again on the oldest versions that requirements.txt allows, in .venv-oldest
 # make torture      50 kills of all scripts, half of them inside saves -> runs/torture.json; 2,000 steps of training
-# make fuzz         10,000 random and damaged files for each reader; some 20 minutes on two CPU cores
+# make fuzz         10,000 random and damaged files for each reader: a long run, whose time was not measured
 # make lint         ruff check and ruff format --check
 # make count        lines of code by folder
 # make bench        the benchmarks -> benchmarks/RESULTS.md; 20 minutes, and nothing else should run meanwhile
