@@ -25,7 +25,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from common.config import CommonSettings, NothingDone, UserError, check, plain, run as run_script
 from common.device import pick_device
-from common.files import check_output, read_text, write_json
+from common.files import FEATURES, check_output, read_text, write_json
 from data.evaluation import Inputs, MissingPolicy, match, read_references, read_runs
 from data.instances import Instances, read_instances
 from data.photos import first_of
@@ -69,7 +69,7 @@ class Config(CommonSettings):
     """Put before captions and references for CLIP; "A photo depicts " in the paper's own code."""
     clip_scale: PositiveFloat = WEIGHT
     """What the cosine is multiplied by: 2.5 in CLIPScore, 2 in PAC-S."""
-    features: Path = Path("runs/features")
+    features: Path = FEATURES
     """Folder in which the photos' CLIP vectors are kept, so that the next run of captions reads no photo."""
     batch_size: PositiveInt = 32
     """Photos, or captions, that CLIP takes at a time."""

@@ -19,11 +19,11 @@ from jsonargparse.typing import PositiveInt
 
 from common.config import CommonSettings, check, run
 from common.device import Precision, library_versions, pick_device, torch_dtype
-from common.files import files_hash
+from common.files import FEATURES
 from data.annotations import find_photos
 from data.journal import Journal
 from data.photos import PhotoBatches
-from models.checkpoint import find_checkpoint, load_captioner
+from models.checkpoint import checkpoint_hash, find_checkpoint, load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 
 
@@ -45,7 +45,7 @@ class Config(CommonSettings):
     """Photos captioned at a time."""
     workers: PositiveInt = 2
     """Threads that decode photos ahead."""
-    features: Path = Path("runs/features")
+    features: Path = FEATURES
     """Folder of features that training stored. They are read, so that those photos are not encoded again."""
     precision: Precision = "float32"
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""
@@ -56,7 +56,7 @@ def main(cfg: Config) -> None:
     photos, device = find_photos(cfg.images, cfg.limit, cfg.recursive, cfg.output), pick_device(cfg.device)
     folder, decodings = find_checkpoint(cfg.checkpoint), {"caption": cfg.decoding}
     settings = {"checkpoint": folder, "decoding": asdict(cfg.decoding), "precision": cfg.precision, "seed": cfg.seed}
-    settings |= {"checkpoint_files": files_hash(folder), "versions": library_versions()}
+    settings |= {"checkpoint_files": checkpoint_hash(folder), "versions": library_versions()}
     journal = Journal(cfg.output, {"caption": settings}, cfg.overwrite)
 
     model = load_captioner(folder)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common.config import CommonSettings, UserError, check, flatten, run, stop_signals
 from common.device import Precision, memory_used, pick_device, torch_dtype
-from common.files import JsonLines, folder_problems, lock
+from common.files import FEATURES, JsonLines, folder_problems, lock
 from data.annotations import read_splits
 from data.batches import Row, batch_tokens, epoch_batches, parts_of_process
 from data.prefetch import prefetch
@@ -98,7 +98,7 @@ class Config(CommonSettings, CaptionerConfig):
     skip_bad_photos: bool = False
     """Go on without photos that are missing or cannot be decoded, and without captions that the decoder has no
     positions for, instead of ending with an error."""
-    features: Path = Path("runs/features")
+    features: Path = FEATURES
     """Cache of encoded photos, shared by all runs."""
     val_limit: PositiveInt | None = None
     """Only the first so many validation photos."""
@@ -182,7 +182,7 @@ class Trainer:
             place, start = {"stage": name, "epoch": epoch + 1}, time.monotonic()
             self.train_epoch(place, steps[:count], parts)
             average.swap()
-            self.measure(place | {"seconds": round(time.monotonic() - start, 1)})
+            self.measure(place | {"steps": self.state["steps"], "seconds": round(time.monotonic() - start, 1)})
             average.swap()
             self.state |= {"epoch": epoch + 1, "step": 0}
             self.save_last(parts)
@@ -269,7 +269,7 @@ class Trainer:
         row = {"loss": round(sum(losses) / tokens, 5), "lr": lr, "tokens_a_second": round(tokens / seconds)}
         row["memory_gb"] = round(memory_used(self.accelerator.device), 2)
         if self.accelerator.is_main_process:
-            self.record(place | {"step": step} | row)
+            self.record(place | {"step": step, "steps": self.state["steps"]} | row)
         self.state["pending"] = []
         return row
 

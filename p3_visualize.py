@@ -16,6 +16,7 @@ import common  # noqa: F401  Ctrl-C ends what is loaded below without a tracebac
 # isort: split
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,21 +28,22 @@ from tqdm import tqdm
 
 from common.config import CommonSettings, NothingDone, UserError, check, plain, run
 from common.device import Precision, pick_device, torch_dtype
-from common.files import check_apart, files_hash, folder_problems, lock, read_text, remove_parts, write_json
+from common.files import FEATURES, check_apart, files_hash, folder_problems, lock, read_text, remove_parts, write_json
 from data.annotations import find_photos, read_annotations
 from data.instances import Instances, read_instances
 from data.journal import PhotoRows
 from data.photos import LoadedPhoto, Photo, PhotoBatches
 from metrics.grounding import GroundingTable, Named, cover_on_grid, find_named
-from models.attention import EXTRAS
+from models.attention import EXTRAS, AttentionRecord
 from models.attribution import CHEAP, METHODS, Unit, split_units
-from models.checkpoint import find_checkpoint, load_captioner
+from models.checkpoint import checkpoint_hash, load_captioner
 from models.decoding import Decoding, check_decoding, photo_seed
 from models.interface import CaptionModel
 from models.vlm import PROMPT, Fit, Quantize, load_vlm
 from pages.heatmaps import Drawn, draw_words, page_entry, write_heatmap_page
 
 UNFINISHED = "unfinished.jsonl"  # in the output folder, until all is done
+Look = tuple[LoadedPhoto, int, AttentionRecord, Drawn, list[Named]]
 Grounded = dict[Photo, list[tuple[list[int], list[Unit], list[Named]]]]  # a photo's captions, with what each names
 
 
@@ -85,7 +87,7 @@ class Config(CommonSettings):
     """Threads that decode photos ahead."""
     precision: Precision = "float32"
     """float32 is exact; bf16 and fp16 are faster where the hardware multiplies them well."""
-    features: Path = Path("runs/features")
+    features: Path = FEATURES
     """Folder of features that training stored. They are read, so that those photos are not encoded again."""
     fit: Fit = "processor"
     """Of `model`. processor: photos as its processor takes them; pad: padded to squares, as in LLaVA-1.5's training."""
@@ -168,6 +170,29 @@ def masks_of(loaded: LoadedPhoto, instances: Instances) -> dict[str, np.ndarray]
     return {}
 
 
+def look(model: CaptionModel, photos: list[Photo], instances: Instances | None, cfg: Config, done=0) -> Iterator[Look]:
+    """Where the words of each caption looked, by all methods that are made; `done` photos were looked at before.
+
+    Gives the photo, the caption's number among its captions, the record, the maps, and the objects that are named.
+    """
+    names = [name for name in METHODS if name in {*cfg.methods, cfg.method}]
+    for batch in PhotoBatches(photos, cfg.batch_size, cfg.workers, "attention", done=done):
+        for loaded, records in zip(batch, model.attend(batch, captions_of(model, batch, cfg), {*names} & {*EXTRAS})):
+            grid, masks = model.patch_grid(*loaded.image.size), masks_of(loaded, instances) if instances else {}
+            shape = (grid.rows, grid.columns)
+            covers = {name: cover_on_grid(mask, grid.box, shape) for name, mask in masks.items()}
+            for number, record in enumerate(records):
+                units = split_units(record, model.tokenizer)
+                if not units:
+                    tqdm.write(f"{loaded.stem}: an empty caption, nothing to draw", file=sys.stderr)
+                    continue
+                maps = {name: METHODS[name].maps(record, units, shape) for name in names}
+                named, text = find_named([unit.text for unit in units], covers), model.text(record.ids[:-1])
+                objects = {one.name: (one.words, masks[one.name]) for one in named}
+                shown = Drawn(loaded.stem, loaded.image, text, units, grid, maps, objects=objects)
+                yield loaded, number, record, shown, named
+
+
 # ------------------------------------------------------------------------------------------- the control
 
 
@@ -222,7 +247,7 @@ def main(cfg: Config) -> None:
     check_settings(cfg)
     photos, notes, instances = read_inputs(cfg)
     lock(cfg.output / "index.html")
-    files = {"overwrite": None, "model_files": files_hash(cfg.model or find_checkpoint(cfg.checkpoint))}
+    files = {"overwrite": None, "model_files": files_hash(cfg.model) if cfg.model else checkpoint_hash(cfg.checkpoint)}
     rows = PhotoRows(cfg.output / UNFINISHED, plain(cfg) | files, cfg.overwrite)
     model = load_model(cfg)
     if cfg.annotations:
@@ -232,35 +257,20 @@ def main(cfg: Config) -> None:
     for older in ("index.html", "grounding.json"):
         (cfg.output / older).unlink(missing_ok=True)
 
-    names = [name for name in METHODS if name in {*cfg.methods, cfg.method}]
     about = {photo.stem: [list(photo.captions), notes.get(photo.stem)] for photo in photos}
     drawn = {photo.stem: None if instances else rows.get(photo, about[photo.stem]) for photo in photos}
     left = [photo for photo in photos if not drawn[photo.stem]]
     grounded, table = {}, GroundingTable(cfg.seed)
-    for batch in PhotoBatches(left, cfg.batch_size, cfg.workers, "attention", done=len(photos) - len(left)):
-        captions = captions_of(model, batch, cfg)
-        for loaded, records in zip(batch, model.attend(batch, captions, set(names) & set(EXTRAS))):
-            grid, masks = model.patch_grid(*loaded.image.size), masks_of(loaded, instances) if instances else {}
-            shape = (grid.rows, grid.columns)
-            covers = {name: cover_on_grid(mask, grid.box, shape) for name, mask in masks.items()}
-            for number, record in enumerate(records):
-                units = split_units(record, model.tokenizer)
-                if not units:
-                    tqdm.write(f"{loaded.stem}: an empty caption, nothing to draw", file=sys.stderr)
-                    continue
-                maps = {name: METHODS[name].maps(record, units, shape) for name in names}
-                words = [unit.text for unit in units]
-                named = find_named(words, covers)
-                if named:
-                    table.add(loaded.stem, maps | table.controls(maps[cfg.method], named, shape), named, words)
-                    grounded.setdefault(loaded.photo, []).append((record.ids[:-1], units, named))
-                if cfg.pictures and number == 0:
-                    objects = {one.name: (one.words, masks[one.name]) for one in named}
-                    text, note = model.text(record.ids[:-1]), notes.get(loaded.stem, "")
-                    shown = Drawn(loaded.stem, loaded.image, text, units, grid, maps, note, objects)
-                    draw_words(shown, cfg.method, cfg.output / picture_name(loaded.photo))
-                    drawn[loaded.stem] = page_entry(shown)
-                    rows.append(loaded, drawn[loaded.stem], about[loaded.stem])
+    for loaded, number, record, shown, named in look(model, left, instances, cfg, len(photos) - len(left)):
+        if named:
+            controls = table.controls(shown.maps[cfg.method], named, (shown.grid.rows, shown.grid.columns))
+            table.add(loaded.stem, shown.maps | controls, named, [unit.text for unit in shown.units])
+            grounded.setdefault(loaded.photo, []).append((record.ids[:-1], shown.units, named))
+        if cfg.pictures and number == 0:
+            shown.note = notes.get(loaded.stem, "")
+            draw_words(shown, cfg.method, cfg.output / picture_name(loaded.photo))
+            drawn[loaded.stem] = page_entry(shown)
+            rows.append(loaded, drawn[loaded.stem], about[loaded.stem])
     if grounded:
         measure_random_weights(model, grounded, table, cfg)
     finish([entry for entry in drawn.values() if entry], table, cfg)

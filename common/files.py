@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 
 from common.config import UserError, check
 
+FEATURES = Path(__file__).resolve().parents[1] / "runs/features"  # whatever folder the scripts are called from
+
 
 def read_text(path: Path, expected: str = "a text file") -> str:
     """The UTF-8 text of `path` (a byte order mark is dropped). Raises UserError saying what was `expected`."""
@@ -26,12 +28,11 @@ def read_text(path: Path, expected: str = "a text file") -> str:
 
 
 def files_hash(*folders: str | Path) -> str:
-    """Hash of the names and contents of all files in these folders; of a file above 64 MB, its size and its time count.
-
-    What is no folder here, such as the name of a hub's model, counts by its name.
+    """Hash of the names and contents of these files and of all in these folders; of a file above 64 MB, its size and
+    its time count. What is not here, such as the name of a hub's model, counts by its name.
     """
     digest = hashlib.blake2b(repr(folders).encode(), digest_size=10)
-    for path in sorted(path for folder in map(Path, folders) for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for one in map(Path, folders) for path in (one, *one.rglob("*")) if path.is_file()):
         about = path.stat()
         digest.update(f"{path} {about.st_size}".encode())
         digest.update(path.read_bytes() if about.st_size < 2**26 else str(about.st_mtime_ns).encode())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.config import UserError, check, config_from, run
-from common.files import folder_problems, folder_written_whole, restore_folder, write_json
+from common.files import files_hash, folder_problems, folder_written_whole, restore_folder, write_json
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.decoder import check_decoder, merge_lora
 from models.encoder import check_encoder
@@ -110,6 +110,12 @@ def check_checkpoint(folder: Path) -> CaptionerConfig:
             first = f"{wrong[0]} {expected.get(wrong[0], 'absent')}, got {found.get(wrong[0], 'none')}"
             raise UserError(f"{folder / file}: of another model than {CONFIG}: {len(wrong)} tensors, expected {first}")
     return config
+
+
+def checkpoint_hash(path: Path) -> str:
+    """Hash of all local files that decide what the captioner in `path` writes. Raises UserError for a bad one."""
+    config = check_checkpoint(folder := find_checkpoint(path))
+    return files_hash(folder, config.encoder.weights, config.decoder.model)
 
 
 def load_trained(captioner: Captioner, folder: Path) -> None:

@@ -112,13 +112,8 @@ def add_lora(lm: nn.Module, config: LoraConfig) -> nn.Module:
     """Wrap `lm` with fresh adapters in float32; everything else is frozen. Returns peft's PeftModel."""
     import peft
 
-    settings = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=linear_layers(lm),
-        task_type="CAUSAL_LM",
-    )
+    sizes = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    settings = peft.LoraConfig(target_modules=linear_layers(lm), task_type="CAUSAL_LM", **sizes)
     with warnings.catch_warnings(action="ignore"):  # tied head and Conv1D: both meant, both tested
         return peft.get_peft_model(lm, settings)
 

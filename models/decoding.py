@@ -144,15 +144,11 @@ class Interleaved(LogitsProcessor):
 
 def generation_config(decoding: Decoding, eos: list[int]) -> GenerationConfig:
     """What transformers' `generate` is told, besides the samplers."""
-    return GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        num_beams=decoding.num_beams,
-        length_penalty=decoding.length_penalty,
-        do_sample=False,  # the samplers draw
-        eos_token_id=eos,
-        pad_token_id=eos[0],  # stands behind an end token, and `until_eos` cuts it off
-        disable_compile=True,  # a GPU would compile a cache of fixed size anew for every batch shape
-    )
+    own = {name: getattr(decoding, name) for name in ("max_new_tokens", "num_beams", "length_penalty")}
+    # the samplers draw; and a GPU would compile a cache of fixed size anew for every batch shape
+    own |= {"do_sample": False, "disable_compile": True}
+    # padding stands behind an end token, and `until_eos` cuts it off
+    return GenerationConfig(eos_token_id=eos, pad_token_id=eos[0], **own)
 
 
 def until_eos(ids: Tensor, eos: list[int]) -> list[TokenIds]:

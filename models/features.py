@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import NothingDone, UserError
+from common.config import NothingDone, UserError, check
 from data.features import FeatureCache, Features
 from data.photos import BadPhoto, LoadedPhoto, Photo, PhotoBatches, load_photo
 
@@ -19,8 +19,12 @@ def open_cache(encoder, folder: Path, dtype: type = np.float16) -> FeatureCache:
 
 
 def encode(encoder, photos: Sequence[LoadedPhoto]) -> Tensor:
-    """B decoded photos -> (B, P, D), on the encoder's device."""
-    return encoder(torch.stack([encoder.transform(photo.image) for photo in photos]).to(encoder.device))
+    """B decoded photos -> (B, P, D), on the encoder's device. Raises UserError where that has no half precision."""
+    features = encoder(torch.stack([encoder.transform(photo.image) for photo in photos]).to(encoder.device))
+    finite = features.half().isfinite().flatten(1).all(dim=1).tolist()
+    bad = [photo.photo.path for photo, fine in zip(photos, finite) if not fine]
+    check([f"photo {path}: what the encoder makes of it is not finite in half precision" for path in bad])
+    return features
 
 
 def encode_files(

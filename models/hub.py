@@ -3,9 +3,10 @@
 import json
 import logging
 import re
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,30 @@ def loading(what: str, local: bool, unavailable: type[Exception] = UserError) ->
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own (trust_remote_code), which is never run"
+        elif "Unrecognized configuration class" in reason:  # of transformers; a list of all its models follows
+            reason = "it is a model of another kind"
         elif not local and constants.HF_HUB_OFFLINE and isinstance(error, (OSError, RuntimeError, ValueError)):
             reason = f"the hub does not answer, no local cache has it ({reason}); a local folder can be given instead"
         raise (UserError if local else unavailable)(f"{what}: {reason}") from error
     finally:
         logging.disable(level)
         sys.stdin, constants.HF_HUB_OFFLINE = stdin, offline
+
+
+@contextmanager
+def time_limit(what: str, seconds: int = 5) -> Iterator[None]:
+    """End a block that a stranger's file keeps busy by a UserError; where there is no SIGALRM (Windows) it goes on."""
+
+    def late(*_: object) -> None:
+        raise UserError(f"{what} takes more than {seconds} s")
+
+    with suppress(AttributeError, ValueError):  # ValueError: signals come to the main thread alone
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        getattr(signal, "alarm", int)(0)
 
 
 # What some files hold beside the weights: classifiers, and constants that earlier releases of transformers saved.

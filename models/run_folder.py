@@ -13,8 +13,9 @@ from models.splits import Split
 from models.training import STAGES
 
 ONCE = ("overwrite", "resume", "dry_run")  # settings of one call of the script, not of the run
-# settings that change no result; photos may have moved, and `inputs_hash` tells whether they are the same
-ELSEWHERE = "device features output data images val_images save_steps tracker gradient_accumulation".split()
+# settings that change no result; files may have moved, and `inputs_hash` tells whether what they hold is the same
+ELSEWHERE = """device features output data annotations images val_annotations val_images save_steps tracker
+gradient_accumulation""".split()
 
 
 def settings_of(cfg: Any) -> dict:
@@ -56,8 +57,8 @@ def resumed_state(cfg: Any) -> dict:
     except Exception as error:  # whatever damage a file can have
         said = str(error)[:100]  # torch goes on with advice to trust the file
         raise UserError(f"resume: {last} or config.yaml is damaged ({said}); --overwrite begins anew") from None
-    changed = changes(before, settings_of(cfg))
-    check([f"resume: {key} {change}" for key, change in changed.items() if key not in ELSEWHERE])
+    changed = [f"resume: {key} {how}" for key, how in changes(before, settings_of(cfg)).items() if key not in ELSEWHERE]
+    check(changed + ["a run keeps its settings: give those, or another output"] * bool(changed))
     check_checkpoint(last)
     return state
 

@@ -23,7 +23,7 @@ from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
 from models.decoding import CACHE, Decodings, Seeds, TokenIds, generate_all, generate_plainly
 from models.encoder import PatchGrid
-from models.hub import load_whole, loading, means_folder
+from models.hub import load_whole, loading, means_folder, time_limit
 from models.patch_boxes import grid_of, measure_boxes, on_grid
 
 # What LLaVA-1.5 was asked for captions in training (Liu et al. 2023).
@@ -46,7 +46,8 @@ Fit = Literal["processor", "pad"]
 def chat_prompt(processor, prompt: str) -> str:
     """What the model reads before it answers: the image's place and `prompt`, in its chat template."""
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-    return processor.apply_chat_template([turn], add_generation_prompt=True)
+    with time_limit("model: its chat template"):
+        return processor.apply_chat_template([turn], add_generation_prompt=True)
 
 
 class VisionLanguageModel(nn.Module):
@@ -189,10 +190,10 @@ def load_vlm(
     with loading(f"model: could not load {model}", Path(model).is_dir()):
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
         lm = load_whole(f"model: {model}", AutoModelForImageTextToText, model, **options)
-    family = lm.config.model_type
-    if getattr(processor, "chat_template", None) is None and family not in OWN_PROMPT:
-        raise UserError(f"model: the processor of {model} has no chat template to put the prompt into")
-    vlm = VisionLanguageModel(lm, processor, prompt, fit)
+        family = lm.config.model_type
+        if getattr(processor, "chat_template", None) is None and family not in OWN_PROMPT:
+            raise UserError(f"model: the processor of {model} has no chat template to put the prompt into")
+        vlm = VisionLanguageModel(lm, processor, prompt, fit)
     if not vlm.placed:
         compared = "" if family in COMPARED else ", and its captions were never compared with those of plain generate"
         print(f"model: {family} reads the photos anew for each decoding{compared}", file=sys.stderr)

@@ -9,15 +9,8 @@ def plot_losses(rows: list[dict], file: Path) -> None:
     """loss.png from the rows of metrics.jsonl: training loss by step, validation loss at each epoch's end."""
     from matplotlib.figure import Figure
 
-    training, validation, stages, done = [], [], {}, 0
-    for row in rows:
-        stages.setdefault(row["stage"], done)
-        if "step" in row:  # steps are counted within an epoch; the row that ends it follows
-            training.append((done + row["step"], row["loss"]))
-        else:
-            done = training[-1][0]
-            if "val_loss" in row:
-                validation.append((done, row["val_loss"]))
+    training, validation = ([(row["steps"], row[key]) for row in rows if key in row] for key in ("loss", "val_loss"))
+    stages = {row["stage"]: row["steps"] - row.get("step", 0) for row in reversed(rows)}  # by its first row
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*training), linewidth=1, label="training")

@@ -116,6 +116,7 @@ def write_heatmap_page(entries: list[dict[str, Any]], method: str, title: str, f
 def page_entry(photo: Drawn) -> dict[str, Any]:
     """What the page holds of a photo, all of it small: `maps` as bytes, `size` and `box` in the photo's own pixels."""
     small = _small(photo.image)
+    shares = [(100 * unit.shares).round().astype(int).tolist() for unit in photo.units]
     maps = {name: (255 * shown(values)).round().astype(np.uint8) for name, values in photo.maps.items()}
     return {
         "stem": photo.stem,
@@ -126,12 +127,8 @@ def page_entry(photo: Drawn) -> dict[str, Any]:
         "box": photo.grid.box,
         "grid": [photo.grid.rows, photo.grid.columns],
         "words": [
-            {
-                "text": unit.text,
-                "probability": round(unit.probability, 4),
-                "shares": (100 * unit.shares).round().astype(int).tolist(),
-            }
-            for unit in photo.units
+            {"text": unit.text, "probability": round(unit.probability, 4), "shares": in_percent}
+            for unit, in_percent in zip(photo.units, shares)
         ],
         "maps": {name: b64encode(values).decode() for name, values in maps.items()},
         "objects": [

@@ -38,12 +38,7 @@ def write_scores_page(file: Path, inputs: Inputs, results: list[dict[str, Any]])
             }
             for photo, thumbnail in zip(inputs.photos, thumbnails)
         ]
-    names = [run.name for run in inputs.runs]
-    data = {
-        "runs": names,
-        "columns": [LABELS[metric] for metric in metrics],
-        "meanings": [MEANINGS[metric] for metric in metrics],
-        "corpus": [[result["corpus"][metric] for metric in metrics] for result in results],
-        "photos": rows,
-    }
+    names, corpus = [run.name for run in inputs.runs], [[one["corpus"][name] for name in metrics] for one in results]
+    columns, meanings = ([texts[name] for name in metrics] for texts in (LABELS, MEANINGS))
+    data = {"runs": names, "columns": columns, "meanings": meanings, "corpus": corpus, "photos": rows}
     write_page(file, "scores", "Scores of " + ", ".join(names), data)

@@ -69,17 +69,11 @@ def self_cider(s: Setting) -> dict[str, float]:
 
 def losses(run: Path) -> tuple[dict[str, list], dict[str, list]]:
     """(step, value) of a run by optimizer step, both stages in a row: training and validation loss; learning rate."""
-    curves: dict[str, list] = {"training": [], "validation": []}
-    before, step, rate = 0, 0, []  # steps are counted within an epoch
-    for row in JsonLines(run / "metrics.jsonl").rows():
-        if "step" in row:
-            step = before + row["step"]
-            curves["training"].append((step, row["loss"]))
-            rate.append((step, row["lr"]))
-        else:
-            before = step
-            curves["validation"] += [(step, row["val_loss"])] if "val_loss" in row else []
-    return curves, {"learning rate": rate}
+    rows = JsonLines(run / "metrics.jsonl").rows()
+    training, validation, rate = (
+        [(row["steps"], row[k]) for row in rows if k in row] for k in ("loss", "val_loss", "lr")
+    )
+    return {"training": training, "validation": validation}, {"learning rate": rate}
 
 
 # ------------------------------------------------------------------------------------------- findings

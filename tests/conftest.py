@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,14 @@ from PIL import Image, ImageDraw
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no test downloads
 
+import common.files
 from common.files import write_json
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.decoder import DecoderConfig, LoraConfig
 from models.encoder import EncoderConfig
+
+# before the scripts read it: the tests of one run share features with each other, and with nobody else
+common.files.FEATURES = Path(tempfile.mkdtemp(prefix="features"))
 
 CLIP = {
     "embed_dim": 16,

@@ -26,10 +26,11 @@ from common.device import pick_device
 from data.annotations import find_photos
 from data.journal import Journal
 from data.photos import PhotoBatches, load_photo
-from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner
+from models.captioner import build_captioner
+from models.checkpoint import LORA_WEIGHTS, PROJECTOR, checkpoint_hash, load_captioner, save_captioner
 from models.decoder import DecoderConfig, load_decoder
 from models.encoder import EncoderConfig, build_encoder
-from models.features import CachedEncoder, encode_files
+from models.features import CachedEncoder, encode, encode_files
 from models.training import Stage
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -129,6 +130,25 @@ def test_what_a_killed_process_left_is_cleaned(run):
 
 
 # ------------------------------------------------------------------------------------------- features
+
+
+def test_features_that_are_not_finite_name_their_photo(as_photos, clip_folder, monkeypatch):
+    photos = as_photos([Image.new("RGB", (40, 40), colour) for colour in ("white", "black")])
+    encoder = build_encoder(EncoderConfig(model="tiny", weights=str(clip_folder)))
+    forward = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda pixels: forward(pixels) + torch.tensor([0, 1e6])[:, None, None])
+    with pytest.raises(UserError, match="^photo None: what the encoder makes of it is not finite"):
+        encode(encoder, photos)
+
+
+def test_a_checkpoint_is_another_where_its_local_decoder_has_changed(captioner_config, decoders, tmp_path):
+    decoder = shutil.copytree(decoders["gpt2"], tmp_path / "gpt2")
+    config = dataclasses.replace(captioner_config(), decoder=DecoderConfig(str(decoder)))
+    save_captioner(build_captioner(config), tmp_path / "run")
+    before = checkpoint_hash(tmp_path / "run")
+    assert checkpoint_hash(tmp_path / "run") == before
+    (decoder / "generation_config.json").write_text((decoder / "generation_config.json").read_text() + "\n")
+    assert checkpoint_hash(tmp_path / "run") != before
 
 
 def test_a_damaged_feature_is_encoded_anew_and_said(captioner_config, data_root, tmp_path, capsys):

@@ -145,9 +145,9 @@ def test_likeness_is_the_mean_correlation_of_the_words_maps():
 
 def test_losses_are_in_the_order_of_the_steps(tmp_path):
     log = JsonLines(tmp_path / "metrics.jsonl")
-    for stage, loss in (("align", 3.0), ("finetune", 2.0)):
-        log.append({"stage": stage, "epoch": 1, "step": 4, "loss": loss, "lr": 0.1})
-        log.append({"stage": stage, "epoch": 1, "val_loss": loss + 1})
+    for stage, steps, loss in (("align", 4, 3.0), ("finetune", 8, 2.0)):
+        log.append({"stage": stage, "epoch": 1, "step": 4, "steps": steps, "loss": loss, "lr": 0.1})
+        log.append({"stage": stage, "epoch": 1, "steps": steps, "val_loss": loss + 1})
     curves, _ = results.losses(tmp_path)
     assert curves["training"] == [(4, 3.0), (8, 2.0)] and curves["validation"] == [(4, 4.0), (8, 3.0)]
 

