@@ -13,8 +13,14 @@ function drawn(tag, attributes, text) {
 const GROUNDING = [["match_at_1", "Match@1"], ["pair_win", "PairWin"], ["pointing", "pointing game"],
   ["auroc", "AUROC"]];
 
-const short = value => Math.abs(value) >= 1000 || Number.isInteger(value) ? String(Math.round(value))
-  : value.toPrecision(2);
+// round numbers from low to high, about five of them; whole ones where they count steps or layers
+function ticks(low, high, least = 0) {
+  const rough = Math.max(least, (high - low) / 5 || 1), power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map(part => part * power).find(part => part > 0.999 * rough);
+  const first = Math.ceil(low / step - 1e-9), count = Math.floor(high / step + 1e-9) - first + 1;
+  return Array.from({length: count}, (_, i) => (first + i) * step);
+}
+const short = value => value.toLocaleString("en", {maximumSignificantDigits: 3});
 
 // lines over one x axis; a line of few points gets a mark on each
 function curves(lines) {
@@ -26,16 +32,11 @@ function curves(lines) {
   const x = value => left + (width - left - right) * (value - first) / (last - first || 1);
   const y = value => height - bottom - (height - top - bottom) * (value - low) / (high - low);
   const svg = drawn("svg", {viewBox: `0 0 ${width} ${height}`, role: "img"});
-  for (let i = 0; i <= 4; i++) {
-    const at = low + (high - low) * i / 4;
+  for (const at of ticks(low, high))
     svg.append(drawn("line", {class: "axis", x1: left, x2: width - right, y1: y(at), y2: y(at)}),
       drawn("text", {x: left - 6, y: y(at) + 5, "text-anchor": "end"}, short(at)));
-  }
-  const ticks = Math.max(1, Math.min(4, last - first));  // whole numbers only: steps, or layers
-  for (let i = 0; i <= ticks; i++) {
-    const at = Math.round(first + (last - first) * i / ticks);
-    svg.append(drawn("text", {x: x(at), y: height - 8, "text-anchor": i === ticks ? "end" : "middle"}, at));
-  }
+  for (const at of ticks(first, last, 1))
+    svg.append(drawn("text", {x: x(at), y: height - 8, "text-anchor": "middle"}, short(at)));
   Object.values(lines).forEach((line, i) => {
     const path = line.map(point => `${x(point[0]).toFixed(1)},${y(point[1]).toFixed(1)}`).join(" ");
     svg.append(drawn("polyline", {points: path, fill: "none", stroke: COLOURS[i], "stroke-width": 1.6}));
@@ -51,25 +52,31 @@ const number = value =>
   value === null ? "none" : Number.isInteger(value) ? value.toLocaleString("en") : value.toFixed(3);
 const signed = value => (value < 0 ? "" : "+") + value.toFixed(3);
 
-// a cell: text, a number, a list of cells, a score with its interval, or a difference with its interval and p
+const whole = (...parts) => parts.flatMap(part => [make("span", {class: "whole"}, part), " "]);  // no break inside one
+
+// what stands in a cell: text, a number, a list, a score with its interval, or a difference with its interval and p
 function cell(value) {
-  if (Array.isArray(value)) return value.map(cell).join("; ");
-  if (typeof value === "number" || value === null) return number(value);
-  if (typeof value !== "object") return String(value);
+  if (Array.isArray(value)) return value.map(one => make("div", {}, ...cell(one)));
+  if (typeof value === "number" || value === null) return [number(value)];
+  if (typeof value !== "object") return [String(value)];
   if ("difference" in value)
-    return `${signed(value.difference)} [${signed(value.low)}, ${signed(value.high)}], p ${value.p.toFixed(4)}`;
-  return number(value.score) + (value.interval ? ` [${value.interval.map(end => end.toFixed(3)).join(", ")}]` : "");
+    return whole(signed(value.difference), `[${signed(value.low)}, ${signed(value.high)}]`, `p ${value.p.toFixed(4)}`);
+  if (value.score === null) return ["none"];
+  const ends = value.interval ? [`[${value.interval.map(end => end.toFixed(3)).join(", ")}]`] : [];
+  return whole(value.score.toFixed(3), ...ends);
 }
 
 function table({head, rows}) {
-  const row = (cells, tag) => make("tr", {}, ...cells.map(value => make(tag, {}, cell(value))));
+  const row = (cells, tag) => make("tr", {}, ...cells.map(value => make(tag, {}, ...cell(value))));
   return make("div", {class: "wide"},
     make("table", {}, make("thead", {}, row(head, "th")), make("tbody", {}, ...rows.map(cells => row(cells, "td")))));
 }
 
+const breakable = name => name.replace(/_|(?<=[a-z])(?=[A-Z])/g, "$&\u200b");  // where a long name may be broken
+
 const boxes = parts => make("div", {class: "boxes"}, ...parts.map(part =>
-  make("div", {class: part.stages.length ? "box trained" : "box"}, make("b", {}, part.part),
-    make("span", {}, part.kind), make("span", {}, part.shape),
+  make("div", {class: part.stages.length ? "box trained" : "box"}, make("b", {}, breakable(part.part)),
+    make("span", {}, breakable(part.kind)), make("span", {}, part.shape),
     make("span", {}, `${part.parameters.toLocaleString("en")} parameters`),
     make("span", {}, part.stages.length ? `trained in ${part.stages.join(" and ")}` : "frozen"))));
 
@@ -117,7 +124,8 @@ const explained = {  // by section or block
     + "one is higher.",
   "P3: where each word looked": "A tile for each word: the photo in grey, and on it the word's map, from dark "
     + "(nothing) to yellow (the highest hundredth of the caption's values). Negative values are shown as nothing. The "
-    + "last method of each photo is the default.",
+    + "last method of each photo is the default. The course report guessed that attention between words may matter more "
+    + "than attention to the photo: the curves below show where it goes.",
   diversity: "Self-CIDEr: CIDEr-D of a caption against the captions of the same photo by other seeds. At most 10; the "
     + "lower, the more diverse. The course report says that diversity is what costs CIDEr: compare with the scores "
     + "above.",
@@ -137,7 +145,7 @@ const shown = {
     ([row, scores]) => [row, ...GROUNDING.map(([metric]) => scores[metric])])})],
   curves: one => curves(one.curves),
   attention: one => curves(Object.fromEntries(["photo", "caption so far", "first token"].map((part, n) =>
-    [`${part}, percent by layer`, one.attention.map((layer, i) => [i + 1, layer[n]])]))),
+    [part, one.attention.map((layer, i) => [i + 1, layer[n]])]))),
   photo: one => [make("div", {class: "photo"}, make("img", {src: one.photo, alt: one.about}),
     make("dl", {}, ...one.lines.flatMap(([name, text]) => [make("dt", {}, name), make("dd", {}, text)])))],
   maps: one => maps(one.maps, one.methods),

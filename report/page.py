@@ -19,7 +19,7 @@ from report.stamps import read_stamp
 from report.steps import DECODINGS, Setting, Step
 
 NAMES = {"llava": "the vision-language model", "ours": "our captioner"}
-GROUNDING = {"match_at_1": "Match@1", "pointing": "The pointing game"}
+GROUNDING = {"match_at_1": "Match@1", "pointing": "accuracy in the pointing game"}
 METHODS = ("last_mean", "last_max", "penult_mean", "penult_max")  # of the course report
 PUBLISHED = {  # in the course report: CIDEr, CLIPScore; by rank also the trainable parameters
     "best": ("1.1434", "0.7726"), "moderate": ("0.9324", "0.7736"), "diverse": ("0.7376", "0.7606"),
@@ -41,13 +41,18 @@ def architecture(s: Setting) -> Iterator[dict]:
 
 def decodings(s: Setting, photo: dict) -> Iterator[dict]:
     """Settings, captions of one photo, scores, diversity."""
-    files = {name: s.work / f"llava.{name}.json" for name in DECODINGS} | {"ours, greedy": s.work / "val.json"}
+    files = {name: s.work / f"llava.{name}.json" for name in DECODINGS} | {"our captioner": s.work / "val.json"}
     keys = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
     made = {name: read(files[name].with_suffix(".meta.json"))["decoding"] for name in DECODINGS}
     rows = [[name, *(made[name][key] for key in keys)] for name in DECODINGS]
     yield table("The three decodings", ["", *keys], rows, "llava.json")
     lines = [[name, read(file)[photo["stem"]]] for name, file in files.items()]
-    yield {"photo": photo["photo"], "lines": lines, "about": photo["stem"], "by": ["llava.json", "val.json"]}
+    yield {
+        "photo": photo["photo"],
+        "lines": lines,
+        "about": f"One photo, four captions: {photo['stem']}",
+        "by": ["llava.json", "val.json"],
+    }
 
     compared, rows, found = read(s.work / "scores.json"), [[name] for name in files], []
     for place, metric in enumerate(("cider", "clipscore")):
@@ -132,9 +137,12 @@ def heatmaps(s: Setting, same: dict[str, dict]) -> Iterator[dict]:
         (photo,) = read_heatmaps(s.work / "look_photo")["photos"]
         yield maps("the captioner that ships", "look_photo", photo, ("last_mean", "fuse"))
     for name, page in same.items():
-        words = [word["shares"] for photo in page["photos"] for word in photo["words"]]
-        mean = np.mean(words, axis=0).tolist()  # of three parts by layer
-        yield {"attention": mean, "about": f"Attention of {NAMES[name]}", "by": [f"same_{name}"]}
+        mean = np.mean([word["shares"] for photo in page["photos"] for word in photo["words"]], axis=0)  # (layers, 3)
+        about = f"Attention of {NAMES[name]}, percent by layer"
+        yield {"attention": mean.tolist(), "about": about, "by": [f"same_{name}"]}
+        where = f"in {(mean[:, 0] > mean[:, 1]).sum()} of {len(mean)} layers"
+        than = "than to the caption so far ({:.0f}% and {:.0f}% on average)".format(*mean.mean(axis=0))
+        yield {"finding": f"{NAMES[name]}: {where} more attention goes to the photo {than}."}
 
 
 def grounding(s: Setting, same: dict[str, dict]) -> Iterator[dict]:
@@ -149,10 +157,8 @@ def grounding(s: Setting, same: dict[str, dict]) -> Iterator[dict]:
     about = "How alike the maps of one caption's words are (mean correlation; 1: the same map), beside Match@1"
     yield table(about, head, rows, "same_ours", "same_llava")
     for name, of in alike.items():
-        ends = " and least with ".join(
-            f"{method} ({of[method]:.2f})" for method in sorted(of, key=of.get)[:: 1 - len(of)]
-        )
-        yield {"finding": f"{NAMES[name]}: the maps of one caption's words are most alike with {ends}."}
+        low, *_, high = (f"{method} ({of[method]:.2f})" for method in sorted(of, key=of.get))
+        yield {"finding": f"{NAMES[name]}: maps of one caption's words are most alike with {high}, least with {low}."}
     for name, result in found.items():
         about = f"{NAMES[name]}: {result['objects']} objects named in {result['photos']} photos; controls last"
         yield {"grounding": result["rows"], "about": about, "by": [f"ground_{name}"]}
