@@ -168,8 +168,7 @@ class Trainer:
         self.model, optimizer = accelerator.prepare(self.captioner, optimizer)
         average = training.Average(groups, cfg.ema)  # on the device by now
         parts = {"optimizer": optimizer, "schedule": schedule, "average": average}
-        if accelerator.scaler:
-            parts["scaler"] = accelerator.scaler
+        parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
         try:
             for part in self.state.keys() & parts.keys():  # of a resumed run
                 parts[part].load_state_dict(self.state.pop(part))

@@ -200,14 +200,14 @@ def measure_random_weights(model: CaptionModel, grounded: Grounded, table: Groun
     """Add the control of random weights to `table`: the same captions, read by a model that has learnt nothing."""
     torch.manual_seed(cfg.seed)
     model.randomize()
+    made = "last_mean", cfg.method
     for batch in PhotoBatches(list(grounded), cfg.batch_size, cfg.workers, "random weights"):
         captions = [[ids for ids, *_ in grounded[loaded.photo]] for loaded in batch]
         for loaded, records in zip(batch, model.attend(batch, captions, {cfg.method} & set(EXTRAS))):
             grid = model.patch_grid(*loaded.image.size)
             shape = (grid.rows, grid.columns)
             for record, (_, units, named) in zip(records, grounded[loaded.photo]):
-                made = {name: METHODS[name].maps(record, units, shape) for name in ("last_mean", cfg.method)}
-                rows = {f"random weights, {name}": maps for name, maps in made.items()}
+                rows = {f"random weights, {name}": METHODS[name].maps(record, units, shape) for name in made}
                 table.add(loaded.stem, rows, named, [unit.text for unit in units])
 
 

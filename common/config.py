@@ -153,9 +153,10 @@ def _read_flags(args: list[str], fields: dict[str, str], aliases: dict[str, str]
 def _read_yaml(key: str, file: str, prefix: str) -> dict[str, Any]:
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        # by libyaml: PyYAML's own parser takes minutes for text that is nested a thousandfold
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.CSafeLoader)):
             raise ValueError("aliases (*NAME) are not read, since a few of them can stand for gigabytes")
-        return flatten(yaml.safe_load(text), prefix)
+        return flatten(yaml.load(text, yaml.CSafeLoader), prefix)
     except (OSError, ValueError, RecursionError, UserError, yaml.YAMLError) as error:
         raise UserError(f"{key}: {file}: {error}" + f" (or --{key}.NAME VALUE)" * (key != "config")) from None
 

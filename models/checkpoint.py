@@ -88,16 +88,21 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"checkpoint: {path}: expected a run folder or a checkpoint folder, found no {CONFIG} in it")
 
 
+def read_config(folder: Path) -> CaptionerConfig:
+    """What the captioner in `folder` is built of. Raises UserError."""
+    file = folder / CONFIG
+    try:
+        return absolute(config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8"))), folder)
+    except (OSError, ValueError, RecursionError, UserError) as error:
+        raise UserError(f"{file}: expected the settings of a captioner: {error}") from None
+
+
 def check_checkpoint(folder: Path) -> CaptionerConfig:
     """Compare the tensors of `folder` with what its `captioner.json` builds, before any weights are loaded.
 
     Returns the config. Raises UserError for missing files, and for tensors that are missing, unexpected or misshapen.
     """
-    file = folder / CONFIG
-    try:
-        config = absolute(config_from(CaptionerConfig, json.loads(file.read_text(encoding="utf-8"))), folder)
-    except (OSError, ValueError, RecursionError, UserError) as error:
-        raise UserError(f"{file}: expected the settings of a captioner: {error}") from None
+    config = read_config(folder)
     check(check_encoder(config.encoder) + check_decoder(config.decoder))
     for file, state in learnt(build_captioner(config, load_weights=False)).items():
         expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -113,8 +118,8 @@ def check_checkpoint(folder: Path) -> CaptionerConfig:
 
 
 def checkpoint_hash(path: Path) -> str:
-    """Hash of all local files that decide what the captioner in `path` writes. Raises UserError for a bad one."""
-    config = check_checkpoint(folder := find_checkpoint(path))
+    """Hash of all local files that decide what the captioner in `path` writes. Raises UserError."""
+    config = read_config(folder := find_checkpoint(path))
     return files_hash(folder, config.encoder.weights, config.decoder.model)
 
 

@@ -13,9 +13,8 @@ from models.splits import Split
 from models.training import STAGES
 
 ONCE = ("overwrite", "resume", "dry_run")  # settings of one call of the script, not of the run
-# settings that change no result; files may have moved, and `inputs_hash` tells whether what they hold is the same
-ELSEWHERE = """device features output data annotations images val_annotations val_images save_steps tracker
-gradient_accumulation""".split()
+# how the names of settings end that change no result; files may have moved, `inputs_hash` tells if they hold the same
+FREE = tuple("device features output data annotations images save_steps tracker gradient_accumulation".split())
 
 
 def settings_of(cfg: Any) -> dict:
@@ -49,15 +48,15 @@ def resumed_state(cfg: Any) -> dict:
             raise UserError(f"resume: {last} is gone, {cfg.output} has results of it; --overwrite begins anew")
         return {}
     try:
-        stored = yaml.safe_load((cfg.output / "config.yaml").read_text(encoding="utf-8"))
-        before = flatten(settings_of(type(cfg)())) | flatten(stored)
+        stored = yaml.load((cfg.output / "config.yaml").read_text(encoding="utf-8"), yaml.CSafeLoader)
+        old = flatten(settings_of(type(cfg)())) | flatten(stored)
         state = dict(torch.load(last / "trainer.pt", map_location="cpu", weights_only=True))
         if state["stage"] not in STAGES or not all(state[key] >= 0 for key in ("epoch", "step", "steps", "logged")):
             raise ValueError("no place in a stage")
     except Exception as error:  # whatever damage a file can have
         said = str(error)[:100]  # torch goes on with advice to trust the file
         raise UserError(f"resume: {last} or config.yaml is damaged ({said}); --overwrite begins anew") from None
-    changed = [f"resume: {key} {how}" for key, how in changes(before, settings_of(cfg)).items() if key not in ELSEWHERE]
+    changed = [f"resume: {key} {how}" for key, how in changes(old, settings_of(cfg)).items() if not key.endswith(FREE)]
     check(changed + ["a run keeps its settings: give those, or another output"] * bool(changed))
     check_checkpoint(last)
     return state
