@@ -135,9 +135,7 @@ def load_model(cfg: Config) -> CaptionModel:
     """The model, made ready. Raises UserError."""
     device = pick_device(cfg.device)
     if cfg.model:
-        model = load_vlm(cfg.model, cfg.prompt, device, torch_dtype(cfg.precision), cfg.quantize, cfg.fit)
-        model.patch_grid(64, 64)  # refuses a model whose patches cannot be placed
-        return model
+        return load_vlm(cfg.model, cfg.prompt, device, torch_dtype(cfg.precision), cfg.quantize, cfg.fit, True)
     model = load_captioner(cfg.checkpoint)
     model.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
     return model.ready(device, torch_dtype(cfg.precision), cfg.features)

@@ -1,15 +1,18 @@
 """The language model that writes captions, LoRA on each of its linear layers, and merging the two again."""
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, restricted_number_type
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
+from transformers.pytorch_utils import Conv1D
 
 from common.config import UserError
 from models import packaged
@@ -54,15 +57,12 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
 
     Raises UserError where the model cannot be loaded, or where its tokenizer names no end-of-text token.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
     where, options = config.model, {}
     if where.startswith(packaged.PREFIX):
         file = packaged.packaged_file("decoder.model", where)
         where, options = str(file.parent), {"gguf_file": file.name}
     with loading(f"decoder.model: could not load {config.model}", Path(where).exists()):
-        if not (load_weights and options):  # reading a GGUF file takes seconds, and its model needs no change
-            options |= {"config": _shape(where, load_weights, options)}
+        options |= {"config": _shape(where, load_weights, options)}
         if not load_weights:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(options["config"]), None
@@ -75,13 +75,18 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
     return lm, tokenizer
 
 
+@lru_cache(maxsize=1)
+def _gguf_config(folder: str, gguf_file: str):
+    return AutoConfig.from_pretrained(folder, gguf_file=gguf_file)  # it reads the whole file, which takes seconds
+
+
 def _shape(where: str, load_weights: bool, options: dict):
     """A model's configuration, with GPT-2's GELU in one pass over its input where the library takes eight."""
-    from transformers import AutoConfig, GPT2Config
-
+    if options:
+        return copy.deepcopy(_gguf_config(where, **options))
     # the library's default configuration is GPT-2 small: its size needs no hub
     offline = not load_weights and where == "gpt2" and not Path(where).is_dir()
-    shape = GPT2Config() if offline else AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    shape = GPT2Config() if offline else AutoConfig.from_pretrained(where, trust_remote_code=False)
     if getattr(shape, "activation_function", None) == "gelu_new":
         shape.activation_function = "gelu_pytorch_tanh"  # the same function
     return shape
@@ -103,8 +108,6 @@ def first_token(tokenizer) -> int:
 
 def linear_layers(lm: nn.Module) -> list[str]:
     """Names of all linear layers, output head included (GPT-2 writes its blocks' as Conv1D)."""
-    from transformers.pytorch_utils import Conv1D
-
     return [name for name, module in lm.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 

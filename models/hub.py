@@ -39,8 +39,6 @@ def loading(what: str, local: bool, unavailable: type[Exception] = UserError) ->
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own (trust_remote_code), which is never run"
-        elif "Unrecognized configuration class" in reason:  # of transformers; a list of all its models follows
-            reason = "it is a model of another kind"
         elif not local and constants.HF_HUB_OFFLINE and isinstance(error, (OSError, RuntimeError, ValueError)):
             reason = f"the hub does not answer, no local cache has it ({reason}); a local folder can be given instead"
         raise (UserError if local else unavailable)(f"{what}: {reason}") from error

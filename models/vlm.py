@@ -8,15 +8,14 @@ docs/grounding.md lists the families of models.
 import re
 import sys
 from collections.abc import Collection, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import ImageOps
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, DynamicCache
 
 from common.config import UserError
 from data.photos import LoadedPhoto
@@ -50,6 +49,11 @@ def chat_prompt(processor, prompt: str) -> str:
         return processor.apply_chat_template([turn], add_generation_prompt=True)
 
 
+def has_places(config) -> bool:
+    """Whether it was tried where the image tokens of a model lie. PaliGemma 2 caps attention, which sdpa cannot."""
+    return config.model_type in PLACED and not getattr(config.get_text_config(), "attn_logit_softcapping", None)
+
+
 class VisionLanguageModel(nn.Module):
     """A `models.interface.CaptionModel`: a model of transformers, its processor, and one prompt for all photos."""
 
@@ -63,11 +67,10 @@ class VisionLanguageModel(nn.Module):
         self.eos = eos if isinstance(eos, list) else [self.tokenizer.eos_token_id if eos is None else eos]
         # a user's settings decide alone, whatever penalties the model's authors set
         model.generation_config.update(repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0)
-        self.fit, self.family, text = fit, model.config.model_type, model.config.get_text_config()
+        self.fit, self.family, self.placed = fit, model.config.model_type, has_places(model.config)
         self.prompt = chat_prompt(processor, prompt) if template else "<image>" * (self.family == "paligemma") + prompt
-        # PaliGemma 2's language model caps attention, which sdpa cannot
-        self.placed = self.family in PLACED and not getattr(text, "attn_logit_softcapping", None)
-        self.patch_boxes = lru_cache(maxsize=1024)(self._patch_boxes)
+        # (N, 4) boxes of the image tokens of a photo, by its width and height
+        self.patch_boxes = lru_cache(maxsize=1024)(partial(measure_boxes, self.model, self.inputs))
 
     def inputs(self, photos: Sequence[LoadedPhoto]) -> dict[str, Tensor]:
         """B photos -> input_ids and attention_mask (B, L), pixel_values and what else the model reads."""
@@ -138,18 +141,8 @@ class VisionLanguageModel(nn.Module):
                 inputs[name] = torch.cat([value, more.get(name, kinds)], dim=1)
         return inputs
 
-    def _patch_boxes(self, width: int, height: int) -> np.ndarray:
-        """(N, 4) boxes of the image tokens of a photo of `width` x `height` pixels; see `measure_boxes`.
-
-        Raises UserError for a family whose image tokens were never placed, and for PaliGemma 2.
-        """
-        if not self.placed:
-            families = ", ".join(PLACED) + " (without version 2 of PaliGemma)"
-            raise UserError(f"model: heatmaps need one of the families {families}; this is {self.family}")
-        return measure_boxes(self.model, self.inputs, width, height)
-
     def patch_grid(self, width: int, height: int) -> PatchGrid:
-        """The grid of the attention records of a photo of `width` x `height` pixels. Raises UserError."""
+        """The grid of the attention records of a photo of `width` x `height` pixels."""
         return grid_of(self.patch_boxes(width, height))[0]
 
     def text(self, ids: Sequence[int]) -> str:
@@ -170,15 +163,14 @@ class VisionLanguageModel(nn.Module):
 
 def load_vlm(
     model: str, prompt: str, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none",
-    fit: Fit = "processor",
+    fit: Fit = "processor", heatmaps: bool = False,
 ) -> VisionLanguageModel:  # fmt: skip
     """Load a hub id or a local folder onto `device`. Raises UserError where it cannot be loaded.
 
+    What can be seen to be wrong is seen before the weights are read: with `heatmaps`, a family without places, too.
     Says on stderr where several decodings cannot go on from one prefill, and where captions were never compared with
     those of plain `generate`.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
-
     if re.search(r"<\S*image\S*>", prompt):
         raise UserError(f"prompt: expected the question alone, without the photo's place, got {prompt!r:.60}")
     if means_folder(model) and not (Path(model) / "config.json").is_file():
@@ -189,10 +181,16 @@ def load_vlm(
         options["quantization_config"] = BitsAndBytesConfig(**bits)
     with loading(f"model: could not load {model}", Path(model).is_dir()):
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-        lm = load_whole(f"model: {model}", AutoModelForImageTextToText, model, **options)
-        family = lm.config.model_type
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        family = config.model_type
+        if not hasattr(processor, "image_processor"):
+            raise UserError(f"model: {model} takes no images; expected a vision-language model")
         if getattr(processor, "chat_template", None) is None and family not in OWN_PROMPT:
             raise UserError(f"model: the processor of {model} has no chat template to put the prompt into")
+        if heatmaps and not has_places(config):
+            families = ", ".join(PLACED) + " (without version 2 of PaliGemma)"
+            raise UserError(f"model: heatmaps need one of the families {families}; this is {family}")
+        lm = load_whole(f"model: {model}", AutoModelForImageTextToText, model, **options)
         vlm = VisionLanguageModel(lm, processor, prompt, fit)
     if not vlm.placed:
         compared = "" if family in COMPARED else ", and its captions were never compared with those of plain generate"

@@ -257,7 +257,7 @@ def test_a_thin_photo_ends_no_run(name, as_photos):
     ("paligemma2", "model: paligemma reads the photos anew for each decoding\n"),
     ("vipllava", "model: vipllava reads the photos anew for each decoding, and its captions were never compared"),
 ])  # fmt: skip
-def test_other_families_are_captioned_and_said_and_have_no_heatmaps(name, said, photos, tmp_path, capsys):
+def test_other_families_are_captioned_and_said_and_have_no_heatmaps(name, said, photos, tmp_path, monkeypatch, capsys):
     model, processor = build(name)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -269,6 +269,7 @@ def test_other_families_are_captioned_and_said_and_have_no_heatmaps(name, said, 
     assert capsys.readouterr().err.count(said) == 1
     assert len(read_predictions(tmp_path / "x.best.json")) == 1
     assert json.loads((tmp_path / "x.best.meta.json").read_text())["fit"] == "pad"
+    monkeypatch.setattr("models.vlm.load_whole", lambda *_, **__: pytest.fail("weights were read first"))
     with pytest.raises(
         UserError, match=f"model: heatmaps need one of the families gemma3, .*this is {model.config.model_type}"
     ):
