@@ -122,7 +122,7 @@ def _overlap(maps: np.ndarray, covers: np.ndarray, idle: np.ndarray) -> dict[str
 def harmonic(sums: np.ndarray) -> np.ndarray:
     """(..., 4) sums and numbers of two scores -> the harmonic mean of the two means."""
     first, second = ratio(sums[..., :2]), ratio(sums[..., 2:])
-    return 2 * first * second / (first + second)
+    return 2 * first * second / np.maximum(first + second, 1e-12)  # of 0 and 0 it is 0
 
 
 def _compare_objects(maps: np.ndarray, covers: np.ndarray) -> dict[str, tuple[float, float]]:
