@@ -159,6 +159,7 @@ def score_runs(inputs: Inputs, instances: Instances | None, cfg: Config) -> tupl
 
 def to_json(name: str, scores: Scores, stems: list[str], cfg: Config) -> dict[str, Any]:
     """A run as it stands in scores.json; CIDEr and CLIPScore are always there, None where there is no score."""
+    sure = {name: score for name, score in scores.items() if score.of_sums and len(score.photos) > 1}
     photos = {"cider": {}, "clipscore": {}} | {name: score.photos for name, score in scores.items() if score.photos}
     return {
         "name": name,
@@ -167,7 +168,7 @@ def to_json(name: str, scores: Scores, stems: list[str], cfg: Config) -> dict[st
         "versions": {name: version(name) for name in ("pycocoevalcap", "open_clip_torch")},
         "settings": plain(cfg),
         "corpus": {"cider": None, "clipscore": None} | {name: score.corpus for name, score in scores.items()},
-        "intervals": {name: interval(score, stems, cfg.seed) for name, score in scores.items() if score.has_interval},
+        "intervals": {name: interval(score, stems, cfg.seed) for name, score in sure.items()},
         "photos": {stem: {name: of_photos.get(stem) for name, of_photos in photos.items()} for stem in stems},
     }
 

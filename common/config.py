@@ -176,8 +176,14 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
         key = next((key for key in settings if f'key "{key}"' in str(error)), None)
         if key is None:  # a setting that is required, and not given
             raise UserError(" ".join(str(error).split())) from None
-        raise UserError(f"{key}: expected {fields[key]}, got {str(settings[key])!r}") from None
+        raise UserError(f"{key}: expected {_words(fields[key])}, got {str(settings[key])!r}") from None
     return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
+
+
+def _words(kind: str) -> str:
+    """A type as messages name it; of a choice the values."""
+    choice = re.fullmatch(r"(list)?.?Literal\[(.*?)\].*", kind)
+    return f"one {'or more ' if choice[1] else ''}of {choice[2].replace(chr(39), '')}" if choice else kind
 
 
 def _unknown(key: str, fields: dict[str, str]) -> str:

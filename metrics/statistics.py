@@ -34,10 +34,6 @@ class Score:
     of_sums: Callable[[np.ndarray], np.ndarray] | None = ratio
     """(..., C) sums of parts -> (...) corpus scores; None where the corpus score is not a function of sums."""
 
-    @property
-    def has_interval(self) -> bool:
-        return self.of_sums is not None and len(self.photos) > 1
-
     def matrix(self, stems: list[str]) -> np.ndarray:
         """(N, C) parts in the order of `stems`; a photo that could not be scored adds nothing to a mean."""
         return np.array([self.parts.get(stem, (0.0, 0.0)) for stem in stems])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.config import UserError
 from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
-from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, first_token, load_decoder, merge_lora
+from models.decoder import DecoderConfig, LoraConfig, add_lora, causal_lm, load_decoder, merge_lora
 from models.decoding import Decodings, Seeds, TokenIds, generate_all, prefill
 from models.encoder import EncoderConfig, FrozenEncoder, PatchGrid, build_encoder
 from models.features import CachedEncoder
@@ -65,7 +65,8 @@ class Captioner(nn.Module):
         image = self.projector(features).to(lm.dtype)
         if not self.config.decoder.start_token:
             return image
-        start = torch.full((len(image), 1), first_token(self.tokenizer), device=image.device)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id  # one of them began pretraining's texts
+        start = torch.full((len(image), 1), eos if bos is None else bos, device=image.device)
         return torch.cat([lm.get_input_embeddings()(start), image], dim=1)
 
     def forward(self, features: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:

@@ -101,11 +101,6 @@ def _check_head(lm: nn.Module) -> None:
             raise UserError(f"decoder.model: {type(lm).__name__} changes its logits after the head: not supported")
 
 
-def first_token(tokenizer) -> int:
-    """The token that began the texts of pretraining: BOS, or EOS where a tokenizer has no BOS."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-
 def linear_layers(lm: nn.Module) -> list[str]:
     """Names of all linear layers, output head included (GPT-2 writes its blocks' as Conv1D)."""
     return [name for name, module in lm.named_modules() if isinstance(module, (nn.Linear, Conv1D))]

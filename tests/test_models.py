@@ -20,7 +20,7 @@ from common.config import UserError
 from common.files import kept_folder
 from models.captioner import build_captioner
 from models.checkpoint import LORA_WEIGHTS, PROJECTOR, load_captioner, save_captioner
-from models.decoder import DecoderConfig, attend_with, causal_lm, first_token, fuse_lora, load_decoder
+from models.decoder import DecoderConfig, attend_with, causal_lm, fuse_lora, load_decoder
 from models.decoding import CACHE, Decoding, check_decoding, fixed_cache, prefill, until_eos
 from models.encoder import EncoderConfig, PhotoTransform, build_encoder
 from models.packing import ChunkedCrossEntropy, pack_rows
@@ -346,13 +346,15 @@ def test_greedy_captions_are_what_training_finds_likeliest(make_captioner, capti
 
 def test_a_start_token_is_bos_or_eos_and_takes_a_position(make_captioner):
     captioner = make_captioner("gpt2")  # 128 positions
-    tokenizer = captioner.tokenizer
     captioner.check_room(128 - TOKENS - 1, "x")
     with_start(captioner).check_room(128 - TOKENS - 2, "x")
     with pytest.raises(UserError, match="^x: 110 text tokens, the decoder has positions for 109"):
         captioner.check_room(128 - TOKENS - 1, "x")
-    assert first_token(tokenizer) == tokenizer.bos_token_id
-    assert first_token(SimpleNamespace(bos_token_id=None, eos_token_id=5)) == 5
+    captioner, words = with_start(captioner), causal_lm(captioner.decoder).get_input_embeddings().weight
+    for bos, expected in ((7, 7), (None, 5)):
+        captioner.tokenizer = SimpleNamespace(bos_token_id=bos, eos_token_id=5)
+        prefix = captioner.prefix(torch.zeros(1, TOKENS, captioner.encoder.width))
+        assert torch.equal(prefix[0, 0], words[expected])
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

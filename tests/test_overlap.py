@@ -67,7 +67,7 @@ def test_nothing_is_written_where_the_scorers_are_installed():
 def test_diversity():
     def figures(*captions: str) -> dict[str, float]:
         scores = overlap.diversity({str(number): caption for number, caption in enumerate(captions)})
-        assert not any(score.photos or score.has_interval for score in scores.values())  # of the corpus alone
+        assert not any(score.photos or score.of_sums for score in scores.values())  # of the corpus alone
         return {name: score.corpus for name, score in scores.items()}
 
     found = figures("A dog runs.", "a dog runs", "a cat", "")
