@@ -14,7 +14,6 @@ the (first) run.
 import common  # noqa: F401  Ctrl-C ends what is loaded below without a traceback
 
 # isort: split
-import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from common.config import CommonSettings, NothingDone, UserError, check, plain, run as run_script
+from common.config import CommonSettings, NothingDone, UserError, check, plain, run as run_script, say
 from common.device import pick_device
 from common.files import FEATURES, check_output, read_text, write_json
 from data.evaluation import Inputs, MissingPolicy, match, read_references, read_runs
@@ -80,11 +79,6 @@ class Config(CommonSettings):
     """Write an HTML page of every photo with its captions, references and scores; an older one is replaced."""
 
 
-def notice(*texts: str) -> None:
-    for text in texts:
-        print(f"evaluate.py: {text}", file=sys.stderr)
-
-
 def check_settings(cfg: Config) -> Path:
     """Check what can be checked before anything is scored, and return where the scores go. Raises UserError."""
     if "chair" in cfg.metrics and not cfg.instances:
@@ -111,7 +105,7 @@ def score_with_clip(inputs: Inputs, cfg: Config) -> list[Scores]:
     clip = load_clip(cfg.clip_model, cfg.clip_pretrained, pick_device(cfg.device))
     features, good, bad = encode_files(ImageTower(clip), inputs.photos, cfg.features, cfg.batch_size, dtype=np.float32)
     if bad:
-        notice(f"CLIPScore is the mean of {len(good)} of {len(inputs.photos)} photos")
+        say(f"CLIPScore is the mean of {len(good)} of {len(inputs.photos)} photos")
     stems = [inputs.photos[i].stem for i in good]
     photos = features[range(len(good))][:, 0].to(clip.device)
 
@@ -133,14 +127,14 @@ def score_with_clip(inputs: Inputs, cfg: Config) -> list[Scores]:
         found.append({name: mean_score(dict(zip(stems, one.tolist()))) for name, one in values.items()})
         if any(cut):
             which = first_of([stem for stem, long in zip(stems, cut) if long])
-            notice(f"{run.name}: CLIP reads the caption of {which} only in part: it is longer than CLIP's text input")
+            say(f"{run.name}: CLIP reads the caption of {which} only in part: it is longer than CLIP's text input")
     return found
 
 
 def score_runs(inputs: Inputs, instances: Instances | None, cfg: Config) -> tuple[list[Scores], list[str]]:
     """The scores of each run, and for each metric that cannot run one line that says why."""
     if len(inputs.photos) == 1 and "cider" in cfg.metrics:
-        notice("CIDEr of a single photo is always 0: n-grams that are in the references of all photos have no weight")
+        say("CIDEr of a single photo is always 0: n-grams that are in the references of all photos have no weight")
     scores: list[Scores] = [{} for _ in inputs.runs]
     failures = []
     for name in [name for name in METRICS if name in cfg.metrics]:
@@ -215,7 +209,8 @@ def main(cfg: Config) -> None:
     instances = read_instances(cfg.instances) if "chair" in cfg.metrics else None
     unknown = [photo.stem for photo in inputs.photos if instances and photo.stem not in instances.objects]
     check([f"instances: {cfg.instances} does not know {first_of(unknown)}"] if unknown else [])
-    notice(*inputs.notices)
+    for line in inputs.notices:
+        say(line)
 
     scores, failures = score_runs(inputs, instances, cfg)
     stems = [photo.stem for photo in inputs.photos]
@@ -232,7 +227,8 @@ def main(cfg: Config) -> None:
     if cfg.page:
         write_scores_page(cfg.page, inputs, runs)
         print(f"page: {cfg.page}")
-    notice(*failures)
+    for line in failures:
+        say(line)
     print(means)
 
 

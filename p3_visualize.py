@@ -15,7 +15,6 @@ import common  # noqa: F401  Ctrl-C ends what is loaded below without a tracebac
 
 # isort: split
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +23,8 @@ from typing import Literal
 import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from tqdm import tqdm
 
-from common.config import CommonSettings, NothingDone, UserError, check, plain, run
+from common.config import CommonSettings, NothingDone, UserError, check, plain, run, say
 from common.device import Precision, pick_device, torch_dtype
 from common.files import FEATURES, check_apart, files_hash, folder_problems, lock, read_text, remove_parts, write_json
 from data.annotations import find_photos, read_annotations
@@ -164,7 +162,7 @@ def masks_of(loaded: LoadedPhoto, instances: Instances) -> dict[str, np.ndarray]
     if (rows, columns) == (height, width):
         return instances.masks(loaded.stem)
     sizes = f"{loaded.photo.path} has {width} x {height} pixels, its masks {columns} x {rows}"
-    tqdm.write(f"{sizes}: it is not grounded; photos are needed in the size that was annotated", file=sys.stderr)
+    say(f"{sizes}: it is not grounded; photos are needed in the size that was annotated")
     return {}
 
 
@@ -182,7 +180,7 @@ def look(model: CaptionModel, photos: list[Photo], instances: Instances | None, 
             for number, record in enumerate(records):
                 units = split_units(record, model.tokenizer)
                 if not units:
-                    tqdm.write(f"{loaded.stem}: an empty caption, nothing to draw", file=sys.stderr)
+                    say(f"{loaded.stem}: an empty caption, nothing to draw")
                     continue
                 maps = {name: METHODS[name].maps(record, units, shape) for name in names}
                 named, text = find_named([unit.text for unit in units], covers), model.text(record.ids[:-1])

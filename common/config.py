@@ -22,6 +22,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -36,6 +37,11 @@ def one_line(text: object, longest: int = 500) -> str:
     line = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in words)
     half = (longest - 5) // 2
     return line if len(line) <= longest else f"{line[: half + 1]} ... {line[-half:]}"
+
+
+def say(text: object) -> None:
+    """Tell the user something on stderr, in one line above the progress bars."""
+    tqdm.write(one_line(text), file=sys.stderr)
 
 
 class UserError(Exception):
@@ -251,7 +257,7 @@ def run(main: Callable[[T], None], Config: type[T], aliases: dict[str, str] | No
         print(f"{name}: error: {one_line(error) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
     except NothingDone as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         sys.exit(3)
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)

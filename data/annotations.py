@@ -1,12 +1,11 @@
 """Photos and their captions, in folders, lists and annotation files, whose forms are in data/forms.py."""
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import UserError, check
+from common.config import UserError, check, say
 from common.files import check_apart, read_text
 from data.forms import Contents, is_unicode, read_contents
 from data.names import PHOTO_SUFFIXES, finder
@@ -37,7 +36,7 @@ def read_annotations(
     contents = read_contents(annotations)
     names = [name for name, captions in contents.captions.items() if captions]
     if len(names) < len(contents.captions):
-        print(f"{annotations}: {len(contents.captions) - len(names)} photos without a caption", file=sys.stderr)
+        say(f"{annotations}: {len(contents.captions) - len(names)} photos without a caption")
     if split is not None:
         names = _of_split(annotations, contents, names, split)
     names = names[:limit]
@@ -154,7 +153,7 @@ def _photos(names: list, paths: list, contents: Contents) -> list[Photo]:
         if is_unicode(stem):
             photos.append(Photo(stem, path, captions, contents.ids.get(name, "")))
         else:
-            print(f"{name!r}: left out, since the file's name is not UTF-8", file=sys.stderr)
+            say(f"{name!r}: left out, since the file's name is not UTF-8")
     return photos
 
 
@@ -181,7 +180,7 @@ def _of_folder(folder: Path, recursive: bool) -> list[Path]:
     kinds = Counter(subfolder if os.path.isdir(path) else path.suffix or "without suffix" for path in others)
     if kinds:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        print(f"{folder}: not read: {listed}", file=sys.stderr)
+        say(f"{folder}: not read: {listed}")
     return paths
 
 

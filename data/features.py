@@ -6,7 +6,6 @@ processes may share the folder.
 """
 
 import shutil
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from common.config import check
+from common.config import check, say
 from common.files import check_output, written_whole
 
 
@@ -41,7 +39,7 @@ class FeatureCache:
         content = bytearray(self._path(key).read_bytes())
         if zlib.crc32(content[:-4]).to_bytes(4) == content[-4:]:
             return np.frombuffer(content[:-4], self.dtype).reshape(self.shape)
-        tqdm.write(f"features: {self._path(key)} is damaged; its photo is encoded anew", file=sys.stderr)
+        say(f"features: {self._path(key)} is damaged; its photo is encoded anew")
         return None
 
     def write(self, key: str, array: np.ndarray) -> None:

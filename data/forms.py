@@ -9,12 +9,11 @@ import io
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError
+from common.config import UserError, say
 from common.files import read_text
 
 # Keys of a record, or columns of a table: the first of them that is there names the photo, or holds its captions.
@@ -234,5 +233,5 @@ def read_contents(path: Path, captioned: bool = True, exact: bool = False, expec
         raise UserError(f"{path}: {fault}") from None
     if contents.left_out:
         some = "; ".join(contents.left_out[:3])
-        print(f"{path}: {len(contents.left_out)} captions left out: {some}", file=sys.stderr)
+        say(f"{path}: {len(contents.left_out)} captions left out: {some}")
     return contents

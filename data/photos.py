@@ -3,7 +3,6 @@
 import hashlib
 import io
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from common.config import UserError, one_line
+from common.config import UserError, one_line, say
 from data.names import PHOTO_SUFFIXES
 from data.prefetch import prefetch
 
@@ -188,4 +187,4 @@ class PhotoBatches:
                 continue
             self.bad.append(loaded)
             bar.update()
-            tqdm.write(f"skipped {loaded}", file=sys.stderr)
+            say(f"skipped {loaded}")

@@ -1,6 +1,7 @@
 """The language model that writes captions, LoRA on each of its linear layers, and merging the two again."""
 
 import copy
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def check_decoder(config: DecoderConfig) -> list[str]:
     """What can be seen to be wrong with `config` before any weights are read; UserError for a packaged file."""
     if config.model.startswith(packaged.PREFIX):
         packaged.packaged_file("decoder.model", config.model)
-    elif means_folder(config.model) and not (Path(config.model) / "config.json").is_file():
+    elif means_folder(config.model) and not os.path.isfile(f"{config.model}/config.json"):
         return [f"decoder.model: {Path(config.model)}: no such model folder, found no config.json in it"]
     return []
 
@@ -61,7 +62,7 @@ def load_decoder(config: DecoderConfig, load_weights: bool = True) -> tuple[nn.M
     if where.startswith(packaged.PREFIX):
         file = packaged.packaged_file("decoder.model", where)
         where, options = str(file.parent), {"gguf_file": file.name}
-    with loading(f"decoder.model: could not load {config.model}", Path(where).exists()):
+    with loading(f"decoder.model: could not load {config.model}", os.path.exists(where)):
         options |= {"config": _shape(where, load_weights, options)}
         if not load_weights:
             with torch.device("meta"):
@@ -85,7 +86,7 @@ def _shape(where: str, load_weights: bool, options: dict):
     if options:
         return copy.deepcopy(_gguf_config(where, **options))
     # the library's default configuration is GPT-2 small: its size needs no hub
-    offline = not load_weights and where == "gpt2" and not Path(where).is_dir()
+    offline = not load_weights and where == "gpt2" and not os.path.isdir(where)
     shape = GPT2Config() if offline else AutoConfig.from_pretrained(where, trust_remote_code=False)
     if getattr(shape, "activation_function", None) == "gelu_new":
         shape.activation_function = "gelu_pytorch_tanh"  # the same function

@@ -4,8 +4,8 @@ timm and open_clip build the networks; this file gives both one form: (B, 3, H, 
 """
 
 import math
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -131,7 +131,7 @@ def build_encoder(config: EncoderConfig, load_weights: bool = True) -> FrozenEnc
     """
     device = "cpu" if load_weights else "meta"
     build = _open_clip_tower if config.library == "open_clip" else _timm_net
-    local = config.weights == "random" or config.weights.startswith(packaged.PREFIX) or Path(config.weights).exists()
+    local = config.weights == "random" or config.weights.startswith(packaged.PREFIX) or os.path.exists(config.weights)
     what = f"encoder: {config.library} gives no {config.model} with weights {config.weights} and layer {config.layer}"
     with loading(what, local or not load_weights):
         return FrozenEncoder(*build(config, device, load_weights), config)
@@ -141,7 +141,7 @@ def check_encoder(config: EncoderConfig) -> list[str]:
     """What can be seen to be wrong with `config` before any weights are read; UserError for a packaged file."""
     if config.weights.startswith(packaged.PREFIX):
         packaged.encoder_file(config.weights, config.model)
-    elif "/" in config.weights and not Path(config.weights).exists():
+    elif "/" in config.weights and not os.path.exists(config.weights):
         return [f"encoder.weights: {config.weights}: no such file or folder"]
     return []
 
@@ -149,7 +149,7 @@ def check_encoder(config: EncoderConfig) -> list[str]:
 def _open_clip_tower(config: EncoderConfig, device: str, load_weights: bool) -> tuple[nn.Module, PhotoTransform]:
     import open_clip
 
-    model = f"local-dir:{config.weights}" if Path(config.weights).is_dir() else config.model
+    model = f"local-dir:{config.weights}" if os.path.isdir(config.weights) else config.model
     needed = load_weights and config.weights != "random"
     tag = config.weights if needed and model == config.model else None  # a folder brings its own
     check_open_clip("encoder.weights", model, config.weights)
@@ -166,7 +166,7 @@ def _timm_net(config: EncoderConfig, device: str, load_weights: bool) -> tuple[n
     import timm
 
     weights, packed = config.weights, config.weights.startswith(packaged.PREFIX)
-    file, folder = Path(weights).is_file(), Path(weights).is_dir()
+    file, folder = os.path.isfile(weights), os.path.isdir(weights)
     pretrained = load_weights and not (packed or file or weights == "random")
     tag = f".{weights}" if pretrained else ""
     model = f"local-dir:{weights}" if folder else config.model + tag

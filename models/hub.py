@@ -2,12 +2,12 @@
 
 import json
 import logging
+import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from common.config import UserError
@@ -97,4 +97,4 @@ def check_open_clip(key: str, model: str, tag: str) -> None:
 
 def means_folder(model: str) -> bool:
     """Whether a model's name can only mean a local folder, or is one: a hub id is NAME or OWNER/NAME."""
-    return Path(model).is_dir() or model.startswith((".", "~", "/")) or model.count("/") > 1
+    return os.path.isdir(model) or model.startswith((".", "~", "/")) or model.count("/") > 1

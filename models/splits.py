@@ -1,13 +1,12 @@
 """A split made ready for training: its photos, their cached features and their tokenised captions, in one order."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from common.config import check
+from common.config import check, say
 from data.batches import Row
 from data.features import Features
 from data.photos import BadPhoto, Photo
@@ -63,7 +62,7 @@ def _leave_out(bad: list[BadPhoto], allowed: bool) -> None:
     if bad and not allowed:
         check([f"photo {error}" for error in bad] + ["skip_bad_photos goes on without them"])
     for error in bad:
-        print(f"skipped photo {error}", file=sys.stderr)
+        say(f"skipped photo {error}")
 
 
 def weigh_by_agreement(split: Split, agreement: dict[str, list[float]], power: float) -> None:

@@ -5,8 +5,8 @@ is prefilled once; all decodings go on from that cache of keys and values.
 docs/grounding.md lists the families of models.
 """
 
+import os
 import re
-import sys
 from collections.abc import Collection, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import ImageOps
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, DynamicCache
 
-from common.config import UserError
+from common.config import UserError, say
 from data.photos import LoadedPhoto
 from models.attention import AttentionRecord, randomize, read_records, record_attention
 from models.decoding import CACHE, Decodings, Seeds, TokenIds, generate_all, generate_plainly
@@ -173,13 +173,13 @@ def load_vlm(
     """
     if re.search(r"<\S*image\S*>", prompt):
         raise UserError(f"prompt: expected the question alone, without the photo's place, got {prompt!r:.60}")
-    if means_folder(model) and not (Path(model) / "config.json").is_file():
+    if means_folder(model) and not os.path.isfile(f"{model}/config.json"):
         raise UserError(f"model: {Path(model)}: expected a hub id or a model folder, found no config.json in it")
     options = {"dtype": dtype, "device_map": {"": device}}  # straight there: 7B need not pass through the CPU's memory
     if quantize != "none":
         bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype} if quantize == "4bit" else {"load_in_8bit": True}
         options["quantization_config"] = BitsAndBytesConfig(**bits)
-    with loading(f"model: could not load {model}", Path(model).is_dir()):
+    with loading(f"model: could not load {model}", os.path.isdir(model)):
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         family = config.model_type
@@ -194,5 +194,5 @@ def load_vlm(
         vlm = VisionLanguageModel(lm, processor, prompt, fit)
     if not vlm.placed:
         compared = "" if family in COMPARED else ", and its captions were never compared with those of plain generate"
-        print(f"model: {family} reads the photos anew for each decoding{compared}", file=sys.stderr)
+        say(f"model: {family} reads the photos anew for each decoding{compared}")
     return vlm

@@ -23,7 +23,7 @@ import p2_train
 import p3_visualize
 from common.config import UserError, one_line, parse_config
 from common.device import pick_device
-from data.annotations import find_photos
+from data.annotations import find_photos, read_annotations
 from data.journal import Journal
 from data.photos import PhotoBatches, load_photo
 from models.captioner import build_captioner
@@ -251,6 +251,13 @@ def test_a_terminal_escape_in_a_name_is_shown_as_text(tmp_path, capfd):
     journal.finish([], batches.bad, {})
     shown = "".join(capfd.readouterr())
     assert "\x07" not in shown and "\x1b[2J" not in shown and "\u202e" not in shown and shown.count(r"\x1b[2J\x07") == 1
+    (tmp_path / "notes.\x1b[2J").touch()
+    (tmp_path / "captions.json").write_text(json.dumps([{"image": "\x1b[2Ja\ud800.jpg", "caption": None}]))
+    find_photos(tmp_path)
+    with pytest.raises(UserError):
+        read_annotations(tmp_path / "captions.json")
+    shown = capfd.readouterr().err
+    assert "\x1b" not in shown and shown.count(r"\x1b[2J") == 2  # of a suffix, and of a photo without a caption
     assert one_line("a\n b\t\x1b[31mc\ud800") == r"a b \x1b[31mc\ud800" and len(one_line("x" * 100_000)) == 500
 
 
