@@ -182,7 +182,9 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
         key = next((key for key in settings if f'key "{key}"' in str(error)), None)
         if key is None:  # a setting that is required, and not given
             raise UserError(" ".join(str(error).split())) from None
-        raise UserError(f"{key}: expected {_words(fields[key])}, got {str(settings[key])!r}") from None
+        kind, given = fields[key], settings[key]
+        given = " ".join(map(str, given)) if "list" in kind and isinstance(given, list) else str(given)
+        raise UserError(f"{key}: expected {_words(kind)}, got {given!r}") from None
     return _plain(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}))
 
 
