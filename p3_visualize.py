@@ -129,13 +129,15 @@ def choose(photos: list[Photo], cfg: Config) -> tuple[list[Photo], dict[str, str
     return [photo for photo in scored if photo.stem in notes], notes
 
 
-def load_model(cfg: Config) -> CaptionModel:
-    """The model, made ready. Raises UserError."""
+def load_model(cfg: Config, photos: list[Photo]) -> CaptionModel:
+    """The model, made ready for these photos and their captions. Raises UserError."""
     device = pick_device(cfg.device)
     if cfg.model:
         return load_vlm(cfg.model, cfg.prompt, device, torch_dtype(cfg.precision), cfg.quantize, cfg.fit, True)
     model = load_captioner(cfg.checkpoint)
     model.check_room(cfg.decoding.max_new_tokens, "decoding.max_new_tokens")
+    if cfg.annotations:
+        model.check_room(max(len(model.ids(text)) for photo in photos for text in photo.captions), "annotations")
     return model.ready(device, torch_dtype(cfg.precision), cfg.features)
 
 
@@ -245,9 +247,7 @@ def main(cfg: Config) -> None:
     lock(cfg.output / "index.html")
     files = {"overwrite": None, "model_files": files_hash(cfg.model) if cfg.model else checkpoint_hash(cfg.checkpoint)}
     rows = PhotoRows(cfg.output / UNFINISHED, plain(cfg) | files, cfg.overwrite)
-    model = load_model(cfg)
-    if cfg.annotations:
-        model.check_room(max(len(model.ids(text)) for photo in photos for text in photo.captions), "annotations")
+    model = load_model(cfg, photos)
     remove_parts(cfg.output)
     rows.begin()  # by its file the next start knows this folder
     for older in ("index.html", "grounding.json"):

@@ -162,8 +162,8 @@ def main(cfg: Rounds) -> None:
     in_loop, cached = list(seconds.values())[-2:]
     figures |= {"encoder_in_loop_speedup": in_loop / cached, "peak_memory_ratio": memory["bf16"] / memory["plain"]}
     figures |= {"peak_memory_ratio_float32": memory["float32"] / memory["plain"]}
-    figures |= {"peak_memory_plain_mb": memory["plain"] / 1e6}
-    figures |= {"agree": errors["float32"] <= 1e-5 and errors["bf16"] <= 0.02}
+    agree = errors["float32"] <= 1e-5 and errors["bf16"] <= 0.02
+    figures |= {"peak_memory_plain_mb": memory["plain"] / 1e6, "agree": agree}
     size = f"{by_device(PHOTOS['gpt2'], device)} photos, {CAPTIONS} captions each, {SHAPES['gpt2'][0]} image tokens"
     report(f"training step, {size}", seconds, figures)
 

@@ -5,8 +5,9 @@
 The settings are those of p3_visualize.py, and so are the captions; of each photo the first one is taken. A step paints
 a part of the photo's patches in the photo's mean colour: the highest of the map (deletion), or all but these
 (insertion). A score is the mean change of the word's log-probability over the steps, in nats, over all objects that
-captions name. Lower is better for deletion, higher for insertion. The controls are P3's: among them maps in random
-order, and from the centre outwards. FOLDER/deletion.json gets the scores. Petsiuk et al. 2018 (RISE, arXiv 1806.07421).
+captions name. Lower is better for deletion, higher for insertion. The controls are P3's, but for random weights:
+among them maps in random order, and from the centre outwards. FOLDER/deletion.json gets the scores. Petsiuk et al. 2018
+(RISE, arXiv 1806.07421).
 
 Pixels are painted, and not features replaced, because a patch's features also tell of the patches around it. Each map
 of an object costs one pass over 6 photos.
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 import p3_visualize as p3
-from common.config import UserError, run
+from common.config import NothingDone, check, run
 from common.files import write_json
 from data.photos import LoadedPhoto
 from metrics.grounding import GroundingTable
@@ -36,7 +37,7 @@ def painted(photo: LoadedPhoto, grid: PatchGrid, patches: np.ndarray) -> LoadedP
     mask = Image.fromarray(255 * patches.reshape(grid.rows, grid.columns).astype(np.uint8))
     image, colour = photo.image.copy(), tuple(np.asarray(photo.image).mean(axis=(0, 1)).astype(int))
     image.paste(colour, (left, top), mask.resize((right - left, bottom - top), Image.Resampling.NEAREST))
-    return replace(photo, image=image, key=f"{photo.key} {patches.tobytes().hex()}")
+    return replace(photo, image=image, key=f"{photo.key} {np.packbits(patches).tobytes().hex()}")
 
 
 def curves(model: CaptionModel, look: p3.Look, tokens: list[int], values: np.ndarray) -> np.ndarray:
@@ -48,12 +49,16 @@ def curves(model: CaptionModel, look: p3.Look, tokens: list[int], values: np.nda
     return np.reshape(logs, (2, -1)).mean(axis=1) - whole
 
 
-def main(cfg: p3.Config) -> None:
+class Config(p3.Config):
+    """The settings of p3_visualize.py; no picture is drawn."""
+
+
+def main(cfg: Config) -> None:
     p3.check_settings(cfg)
-    if not cfg.instances:
-        raise UserError("instances: the curves are of words that name objects; expected instances")
-    (photos, _, instances), model, table = p3.read_inputs(cfg), p3.load_model(cfg), GroundingTable(cfg.seed)
-    parts, rows = defaultdict(dict), {}  # parts: by curve and map, then by photo: (sum, number of objects)
+    check(["instances: the curves are of words that name objects; expected instances"] * (cfg.instances is None))
+    photos, _, instances = p3.read_inputs(cfg)
+    model, table = p3.load_model(cfg, photos), GroundingTable(cfg.seed)
+    parts, rows = defaultdict(lambda: defaultdict(float)), {}  # by curve and map, then by photo: sum, and objects
     for look in p3.look(model, photos, instances, cfg):
         photo, number, _, shown, named = look
         controls = table.controls(shown.maps[cfg.method], named, (shown.grid.rows, shown.grid.columns))
@@ -62,8 +67,9 @@ def main(cfg: p3.Config) -> None:
                 tokens = [place for word in one.words for place in shown.units[word].tokens]
                 changes = curves(model, look, tokens, maps[list(one.words)].mean(axis=0))
                 for curve, change in zip(("deletion", "insertion"), changes):
-                    of_photos = parts[curve, name]
-                    of_photos[photo.stem] = of_photos.get(photo.stem, 0) + np.array([change, 1])
+                    parts[curve, name][photo.stem] += np.array([change, 1])
+    if not parts:
+        raise NothingDone("no caption names an object of its photo")
     for (curve, name), of_photos in parts.items():
         score, ends = ratio(sum(of_photos.values())), interval(Score(0, {}, of_photos), list(of_photos), cfg.seed)
         rows.setdefault(name, {})[curve] = {"score": float(score), "interval": ends}
@@ -72,4 +78,4 @@ def main(cfg: p3.Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, p3.Config)
+    run(main, Config)

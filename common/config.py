@@ -175,7 +175,7 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
     for key, value in settings.items():  # a file may name one photo of a list: `images: photos`
         settings[key] = [value] if isinstance(value, str) and "list" in fields[key] else value
     needed = [key for key, value in settings.items() if value is None and not re.search("None|Optional", fields[key])]
-    check([f"{key}: expected {fields[key]}, got nothing" for key in needed])
+    check([f"{key}: expected {_words(fields[key])}, got nothing" for key in needed])
     try:
         parsed = parser.instantiate(parser.parse_object(Namespace(settings)))
     except (ArgumentError, TypeError) as error:
@@ -190,8 +190,8 @@ def _build(Config: type[T], settings: dict[str, Any]) -> T:
 
 def _words(kind: str) -> str:
     """A type as messages name it; of a choice the values."""
-    choice = re.fullmatch(r"(list)?.?Literal\[(.*?)\].*", kind)
-    return f"one {'or more ' if choice[1] else ''}of {choice[2].replace(chr(39), '')}" if choice else kind
+    names = ", ".join(re.findall("'(.*?)'", kind))
+    return f"one {'or more ' * kind.startswith('list')}of {names}" if names else kind
 
 
 def _unknown(key: str, fields: dict[str, str]) -> str:

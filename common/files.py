@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 
 from common.config import UserError, check
 
-FEATURES = Path(__file__).resolve().parents[1] / "runs/features"  # whatever folder the scripts are called from
+# in this repository, whatever folder the scripts are called from
+FEATURES = Path(os.environ.get("CAPTION_FEATURES") or Path(__file__).resolve().parents[1] / "runs/features")
 
 
 def read_text(path: Path, expected: str = "a text file") -> str:

@@ -299,8 +299,7 @@ def train_llava(folder: Path, clip: Path, root: Path, steps: int) -> None:
 
 
 def main(cfg: Config) -> None:
-    _, captions = read_split(cfg.data)
-    every_caption = [text for texts in captions for text in texts]
+    every_caption = [text for texts in read_split(cfg.data)[1] for text in texts]
     drawn = {"scenes": hashlib.sha256((cfg.data / "train.json").read_bytes()).hexdigest(), "seed": cfg.seed}
     clip = drawn | {"steps": cfg.clip_steps, "model": CLIP}
     gpt2 = drawn | {"steps": cfg.gpt2_steps, "model": GPT2, "vocabulary": VOCABULARY}

@@ -19,11 +19,11 @@ def open_cache(encoder, folder: Path, dtype: type = np.float16) -> FeatureCache:
 
 
 def encode(encoder, photos: Sequence[LoadedPhoto]) -> Tensor:
-    """B decoded photos -> (B, P, D), on the encoder's device. Raises UserError where that has no half precision."""
+    """B decoded photos -> (B, P, D), on the encoder's device. Raises UserError where a feature is no finite number."""
     features = encoder(torch.stack([encoder.transform(photo.image) for photo in photos]).to(encoder.device))
     finite = features.half().isfinite().flatten(1).all(dim=1).tolist()
-    bad = [photo.photo.path for photo, fine in zip(photos, finite) if not fine]
-    check([f"photo {path}: what the encoder makes of it is not finite in half precision" for path in bad])
+    bad = [photo.photo.path or photo.stem for photo, fine in zip(photos, finite) if not fine]
+    check([f"photo {name}: the encoder gives features that are too large for 16 bits, or no numbers" for name in bad])
     return features
 
 

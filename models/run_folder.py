@@ -57,7 +57,7 @@ def resumed_state(cfg: Any) -> dict:
         said = str(error)[:100]  # torch goes on with advice to trust the file
         raise UserError(f"resume: {last} or config.yaml is damaged ({said}); --overwrite begins anew") from None
     changed = [f"resume: {key} {how}" for key, how in changes(old, settings_of(cfg)).items() if not key.endswith(FREE)]
-    check(changed + ["a run keeps its settings: give those, or another output"] * bool(changed))
+    check(["resume: a run keeps its settings: give those, or another output"] * bool(changed) + changed)
     check_checkpoint(last)
     return state
 

@@ -9,6 +9,7 @@ def plot_losses(rows: list[dict], file: Path) -> None:
     """loss.png from the rows of metrics.jsonl: training loss by step, validation loss at each epoch's end."""
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if "steps" in row]  # those of earlier versions do not count them
     training, validation = ([(row["steps"], row[key]) for row in rows if key in row] for key in ("loss", "val_loss"))
     stages = {row["stage"]: row["steps"] - row.get("step", 0) for row in reversed(rows)}  # by its first row
     figure = Figure(figsize=(7, 4), layout="constrained")

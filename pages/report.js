@@ -16,7 +16,8 @@ const GROUNDING = [["match_at_1", "Match@1"], ["pair_win", "PairWin"], ["pointin
 // round numbers from low to high, about five of them; whole ones where they count steps or layers
 function ticks(low, high, least = 0) {
   const rough = Math.max(least, (high - low) / 5 || 1), power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map(part => part * power).find(part => part > 0.999 * rough);
+  const step = [1, 2, 2.5, 5, 10].map(part => part * power).find(
+    part => part > 0.999 * rough && (!least || Number.isInteger(part)));
   const first = Math.ceil(low / step - 1e-9), count = Math.floor(high / step + 1e-9) - first + 1;
   return Array.from({length: count}, (_, i) => (first + i) * step);
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from common.config import check
 from common.files import JsonLines
 from data.predictions import read_predictions
 from metrics.cider import agreement
@@ -69,10 +70,9 @@ def self_cider(s: Setting) -> dict[str, float]:
 
 def losses(run: Path) -> tuple[dict[str, list], dict[str, list]]:
     """(step, value) of a run by optimizer step, both stages in a row: training and validation loss; learning rate."""
-    rows = JsonLines(run / "metrics.jsonl").rows()
-    training, validation, rate = (
-        [(row["steps"], row[k]) for row in rows if k in row] for k in ("loss", "val_loss", "lr")
-    )
+    rows, keys = JsonLines(run / "metrics.jsonl").rows(), ("loss", "val_loss", "lr")
+    check([f"{run} was made by an earlier version; delete {run.parent}"] * any("steps" not in row for row in rows))
+    training, validation, rate = ([(row["steps"], row[key]) for row in rows if key in row] for key in keys)
     return {"training": training, "validation": validation}, {"learning rate": rate}
 
 

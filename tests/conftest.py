@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +13,12 @@ import torch
 from PIL import Image, ImageDraw
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no test downloads
+os.environ["CAPTION_FEATURES"] = tempfile.mkdtemp(prefix="features")  # the tests share features with nobody else
 
-import common.files
 from common.files import write_json
 from models.captioner import Captioner, CaptionerConfig, build_captioner
 from models.decoder import DecoderConfig, LoraConfig
 from models.encoder import EncoderConfig
-
-# before the scripts read it: the tests of one run share features with each other, and with nobody else
-common.files.FEATURES = Path(tempfile.mkdtemp(prefix="features"))
 
 CLIP = {
     "embed_dim": 16,
@@ -32,6 +30,10 @@ CAPTIONS = (
     "{0} upon {1}", "a photo of a {0} box", "something {1} all around a small {0} box in the middle of it",
 )  # fmt: skip
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["CAPTION_FEATURES"])
 
 
 @pytest.fixture(scope="session")

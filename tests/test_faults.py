@@ -106,6 +106,9 @@ def test_a_damaged_run_is_refused_in_one_line_and_left_as_it_is(run, name):
 def test_a_run_goes_on_with_its_own_photos_and_captions_alone(run, data_root, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(data_root, moved)
+    files = {"annotations": moved / "train.json", "images": moved / "images/train"}
+    files |= {"val_annotations": moved / "val.json", "val_images": moved / "images/val"}
+    p2_train.main(dataclasses.replace(run, data=None, **files))
     cfg = dataclasses.replace(run, data=moved)
     p2_train.main(cfg)
     shutil.copy(moved / "images/train/train1.png", moved / "images/train/train0.png")
@@ -137,7 +140,7 @@ def test_features_that_are_not_finite_name_their_photo(as_photos, clip_folder, m
     encoder = build_encoder(EncoderConfig(model="tiny", weights=str(clip_folder)))
     forward = encoder.forward
     monkeypatch.setattr(encoder, "forward", lambda pixels: forward(pixels) + torch.tensor([0, 1e6])[:, None, None])
-    with pytest.raises(UserError, match="^photo None: what the encoder makes of it is not finite"):
+    with pytest.raises(UserError, match="^photo photo1: the encoder gives features that are too large"):
         encode(encoder, photos)
 
 

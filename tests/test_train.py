@@ -494,11 +494,9 @@ def test_consensus_weights_keep_a_photos_mean_and_favour_what_people_agree_on(co
 def test_resume_refuses_changed_settings_and_overwrite_starts_anew(config, monkeypatch):
     cfg = config(finetune=Stage(epochs=0))
     p2_train.main(cfg)
-    with pytest.raises(
-        UserError, match=r"^resume: seed was 0, is 1; resume: batch_size was 6, is 4; a run keeps its settings"
-    ):
+    with pytest.raises(UserError, match="^resume: a run keeps .* seed was 0, is 1; resume: batch_size was 6, is 4$"):
         p2_train.main(dataclasses.replace(cfg, resume=True, seed=1, batch_size=4))
-    with pytest.raises(UserError, match="^resume: align.lr was 0.01, is 0.02; a run keeps"):
+    with pytest.raises(UserError, match="^resume: a run keeps .*; resume: align.lr was 0.01, is 0.02$"):
         p2_train.main(dataclasses.replace(cfg, resume=True, align=Stage(epochs=1, lr=2e-2)))
     with pytest.raises(UserError, match="output: .* exists"):
         p2_train.main(cfg)

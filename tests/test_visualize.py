@@ -136,6 +136,13 @@ class SeesOnePatch:
         return [[SimpleNamespace(ids=[5, 6], probabilities=np.array([0.5, 0.8 if seen else 0.2]))] for seen in shown]
 
 
+def test_a_painted_photo_of_many_patches_has_a_name_that_files_can_have(as_photos):
+    (photo,) = as_photos([Image.new("RGB", (48, 48))])
+    grid, patches = PatchGrid(24, 24, (0, 0, 48, 48)), np.arange(576) < 99
+    keys = {p3_deletion.painted(photo, grid, some).key for some in (patches, ~patches)}
+    assert len(keys) == 2 and max(map(len, keys)) < 200
+
+
 def test_deletion_and_insertion_follow_the_order_of_the_map(as_photos):
     image = Image.new("RGB", (8, 8), "black")
     image.paste("white", (4, 4, 8, 8))

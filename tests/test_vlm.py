@@ -67,7 +67,7 @@ def test_a_strangers_chat_template_ends_in_one_line(llava_folder, tmp_path, monk
 
 
 def test_a_language_model_is_no_vision_language_model(decoders):
-    with pytest.raises(UserError, match="^model: .*gpt2.* takes no images; expected a vision-language model$"):
+    with pytest.raises(UserError, match="^model: .*gpt2.* does not take photos and text; expected one that does$"):
         load_vlm(str(decoders["gpt2"]), PROMPT, torch.device("cpu"), torch.float32)
 
 
