@@ -30,7 +30,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from tqdm import tqdm
 
-from common.config import CommonSettings, UserError, check, flatten, run, stop_signals
+from common.config import CommonSettings, NothingDone, UserError, check, flatten, run, stop_signals
 from common.device import Precision, memory_used, pick_device, torch_dtype
 from common.files import FEATURES, JsonLines, folder_problems, lock
 from data.annotations import read_splits
@@ -347,17 +347,18 @@ def main(cfg: Config) -> None:
     val = prepare_split(captioner, val_photos, cfg.features, cfg.skip_bad_photos) if val_photos else None
     if cfg.consensus:
         weigh_by_agreement(train, agreement({one.stem: list(one.captions) for one in train.photos}), cfg.consensus)
-    inputs = inputs_hash(state, train, val)
     if state:
         load_trained(captioner, cfg.output / "last")
     trainer = Trainer(cfg, accelerator, captioner, train, val)
-    trainer.state |= state | {"inputs": inputs}
+    trainer.state |= state | {"inputs": inputs_hash(state, train, val)}
     if accelerator.is_main_process:
         begin_run(cfg, bool(state), trainer.state["logged"])
     accelerator.wait_for_everyone()
     accelerator.init_trackers("captioning", {name: str(value) for name, value in flatten(settings_of(cfg)).items()})
     trainer.run()
     accelerator.end_training()
+    if not trainer.state["steps"]:
+        raise NothingDone("no step was taken; expected more photos, or more epochs")
     print(f"captioner: {find_checkpoint(cfg.output)}")
 
 

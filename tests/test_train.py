@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import common.config
 import p2_inference
 import p2_train
-from common.config import UserError, parse_config
+from common.config import NothingDone, UserError, parse_config
 from common.files import JsonLines
 from data.annotations import find_photos, read_annotations
 from data.batches import batch_tokens, epoch_batches
@@ -489,6 +489,12 @@ def test_consensus_weights_keep_a_photos_mean_and_favour_what_people_agree_on(co
     p2_train.main(plain)
     p2_train.main(weighed)
     assert not same(learnt(plain.output / "last"), learnt(weighed.output / "last"))
+
+
+def test_a_run_without_a_step_is_nothing_done(config, capsys):
+    with pytest.raises(NothingDone, match="no step was taken; expected more photos, or more epochs"):
+        p2_train.main(config(align=Stage(epochs=0.1), finetune=Stage(epochs=0)))
+    assert "align: 0.1 epochs of 4 steps: nothing is trained" in capsys.readouterr().out
 
 
 def test_resume_refuses_changed_settings_and_overwrite_starts_anew(config, monkeypatch):
