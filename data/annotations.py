@@ -1,5 +1,6 @@
 """Photos and their captions, in folders, lists and annotation files, whose forms are in data/forms.py."""
 
+import glob
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ from data.names import PHOTO_SUFFIXES, finder
 from data.photos import Photo, first_of, is_photo
 
 Images = Path | Sequence[Path] | None
-Limits = tuple[int | None, int | None]  # of the training and of the validation photos
 Source = tuple[Path | None, Path | None]  # annotations, folder of photos
 WANTED = "a folder of photos, photos, a list of photos, or an annotation file"
 
@@ -101,7 +101,7 @@ def find_data(root: Path, split: str) -> tuple[Path, Path]:
 
 
 def read_splits(
-    data: Path | None, train: Source, val: Source, limits: Limits = (None, None), missing: bool = False
+    data: Path | None, train: Source, val: Source, limits: Sequence[int | None] = (None, None), missing: bool = False
 ) -> tuple[list[Photo], list[Photo]]:
     """Training and validation photos with captions, from a folder `data` or from `train` and `val`; val may be empty.
 
@@ -149,16 +149,17 @@ def _photos(names: list, paths: list, contents: Contents) -> list[Photo]:
     above = os.path.commonpath(folders) if folders else ""
     for name, stem, path in zip(map(str, names), stems, paths):
         stem = stem if counts[stem] == 1 else os.path.relpath(name, above)
-        captions = tuple(contents.captions.get(name, ()))
         if is_unicode(stem):
-            photos.append(Photo(stem, path, captions, contents.ids.get(name, "")))
+            photos.append(Photo(stem, path, tuple(contents.captions.get(name, ())), contents.ids.get(name, "")))
         else:
             say(f"{name!r}: left out, since the file's name is not UTF-8")
     return photos
 
 
 def _listed(images: Images) -> list[Path]:
-    return [images] if isinstance(images, Path) else list(images or ())
+    """The paths, and of a pattern that no shell expanded those that it means."""
+    images = [images] if isinstance(images, Path) else images or ()
+    return [Path(it) for one in images for it in [one] * os.path.exists(one) or sorted(glob.glob(str(one))) or [one]]
 
 
 def _lines(text: str) -> list[str]:

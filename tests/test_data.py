@@ -428,6 +428,15 @@ def test_find_photos_in_a_folder_a_list_an_annotation_file_or_alone(tmp_path):
     assert [photo.stem for photo in find_photos(uncaptioned)] == ["b", "a", "c"]
 
 
+def test_patterns_that_no_shell_expanded(tmp_path):
+    for name in ("b.jpg", "a.jpg", "c1.jpg", "c[1].jpg", "d.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert [photo.stem for photo in find_photos([tmp_path / "*.jpg"])] == ["a", "b", "c1", "c[1]"]
+    assert [photo.stem for photo in find_photos([tmp_path / "c[1].jpg"])] == ["c[1]"]  # a name, and no pattern
+    with pytest.raises(UserError, match="no such file or directory"):
+        find_photos([tmp_path / "*.gif"])
+
+
 def test_what_a_folder_holds_besides_photos_is_counted(tmp_path, capsys):
     draw(tmp_path, "a.jpg", "b.jpg")
     for name in ("c.txt", "d.txt", "e.dng", "f", ".hidden"):
