@@ -33,7 +33,7 @@ class Config(CommonSettings):
     """Settings of a captioning run; the defaults are the published run."""
 
     images: list[Path]
-    """Folders of photos, photos, lists with one path a line, or annotation files."""
+    """Folders of photos, photos, patterns such as 'photos/*.jpg', lists with one path a line, or annotation files."""
     output: Path
     """Predictions JSON to write; with several decodings NAME.DECODING.json each."""
     model: str = "llava-hf/llava-1.5-7b-hf"

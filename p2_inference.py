@@ -34,7 +34,7 @@ class Config(CommonSettings):
     checkpoint: Path
     """A run folder of p2_train.py (its best/ is taken), a checkpoint folder in it, or USER/NAME of the model hub."""
     images: list[Path]
-    """Folders of photos, photos, lists with one path a line, or annotation files."""
+    """Folders of photos, photos, patterns such as 'photos/*.jpg', lists with one path a line, or annotation files."""
     output: Path
     """Predictions JSON to write."""
     decoding: Decoding = Decoding()

@@ -50,7 +50,7 @@ class Config(CommonSettings):
     """Whose attention is drawn, on which photos, and how."""
 
     images: list[Path]
-    """Folders of photos, photos, lists with one path a line, or annotation files."""
+    """Folders of photos, photos, patterns such as 'photos/*.jpg', lists with one path a line, or annotation files."""
     output: Path
     """Folder to write."""
     checkpoint: Path | None = None

@@ -59,10 +59,10 @@ def main(cfg: Config) -> None:
     photos, _, instances = p3.read_inputs(cfg)
     model, table = p3.load_model(cfg, photos), GroundingTable(cfg.seed)
     parts, rows = defaultdict(lambda: defaultdict(float)), {}  # by curve and map, then by photo: sum, and objects
-    for look in p3.look(model, photos, instances, cfg):
-        photo, number, _, shown, named = look
+    for look in p3.look(model, [replace(one, captions=one.captions[:1]) for one in photos], instances, cfg):
+        photo, _, _, shown, named = look
         controls = table.controls(shown.maps[cfg.method], named, (shown.grid.rows, shown.grid.columns))
-        for name, maps in (shown.maps | controls).items() if number == 0 else ():
+        for name, maps in (shown.maps | controls).items():
             for one in named:
                 tokens = [place for word in one.words for place in shown.units[word].tokens]
                 changes = curves(model, look, tokens, maps[list(one.words)].mean(axis=0))

@@ -62,7 +62,8 @@ def find_photos(
 
     `images` is a folder (its own photos, sorted by name; with `recursive` those of its subfolders too), a photo, a text
     file with one path a line (relative to that file, or to where the script runs), or an annotation file (all of its
-    photos, captioned or not, which must lie beside it), or several of these.
+    photos, captioned or not, which must lie beside it), or several of these. A pattern such as `photos/*.jpg` means the
+    files that it matches.
     What else a folder holds is counted on stderr.
     Raises UserError where there are none, where none of those that are named is there, and where the `output` would be
     written over one of these files.
@@ -159,7 +160,8 @@ def _photos(names: list, paths: list, contents: Contents) -> list[Photo]:
 def _listed(images: Images) -> list[Path]:
     """The paths, and of a pattern that no shell expanded those that it means."""
     images = [images] if isinstance(images, Path) else images or ()
-    return [Path(it) for one in images for it in [one] * os.path.exists(one) or sorted(glob.glob(str(one))) or [one]]
+    patterns = {one: sorted(map(Path, glob.glob(str(one)))) for one in images if not os.path.exists(one)}
+    return [path for one in images for path in patterns.get(one) or [one]]
 
 
 def _lines(text: str) -> list[str]:

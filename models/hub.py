@@ -60,7 +60,7 @@ def time_limit(what: str, seconds: int = 5) -> Iterator[None]:
     try:
         yield
     finally:
-        getattr(signal, "alarm", int)(0)
+        getattr(signal, "alarm", int)(0)  # Windows has none; int(0) does nothing
 
 
 # What some files hold beside the weights: classifiers, and constants that earlier releases of transformers saved.

@@ -185,12 +185,12 @@ def load_vlm(
         family = config.model_type
         if not hasattr(processor, "image_processor"):
             raise UserError(f"model: the processor of {model} does not take photos and text; expected one that does")
-        if getattr(processor, "chat_template", None) is None and family not in OWN_PROMPT:
-            raise UserError(f"model: the processor of {model} has no chat template to put the prompt into")
         if heatmaps and not has_places(config):
             families = ", ".join(PLACED) + " (without version 2 of PaliGemma)"
             raise UserError(f"model: heatmaps need one of the families {families}; this is {family}")
         if family not in OWN_PROMPT:
+            if getattr(processor, "chat_template", None) is None:
+                raise UserError(f"model: the processor of {model} has no chat template to put the prompt into")
             chat_prompt(processor, prompt)  # a broken template is seen now
         lm = load_whole(f"model: {model}", AutoModelForImageTextToText, model, **options)
         vlm = VisionLanguageModel(lm, processor, prompt, fit)
