@@ -148,7 +148,7 @@ def _read_flags(args: list[str], fields: dict[str, str], aliases: dict[str, str]
         if "Literal" in kind:  # no name of a choice has a comma
             values = " ".join(values).replace(",", " ").split()
         if key in files and values:
-            settings |= _read_yaml(key, " ".join(values), "" if key == "config" else f"{key}.")
+            settings |= read_yaml(key, " ".join(values), "" if key == "config" else f"{key}.")
         elif kind == "bool" and not values:
             settings[key] = True
         else:
@@ -156,7 +156,8 @@ def _read_flags(args: list[str], fields: dict[str, str], aliases: dict[str, str]
     return settings
 
 
-def _read_yaml(key: str, file: str, prefix: str) -> dict[str, Any]:
+def read_yaml(key: str, file: str | Path, prefix: str = "") -> dict[str, Any]:
+    """The settings in a YAML file by dotted name, behind `prefix`. Raises UserError, which begins with `key`."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
         # by libyaml: PyYAML's own parser takes minutes for text that is nested a thousandfold

@@ -28,12 +28,12 @@ def read_text(path: Path, expected: str = "a text file") -> str:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; expected {expected}") from None
 
 
-def files_hash(*folders: str | Path) -> str:
+def files_hash(*places: str | Path) -> str:
     """Hash of the names and contents of these files and of all in these folders; of a file above 64 MB, its size and
     its time count. What is not here, such as the name of a hub's model, counts by its name.
     """
-    digest = hashlib.blake2b(repr(folders).encode(), digest_size=10)
-    for path in sorted(path for one in map(Path, folders) for path in (one, *one.rglob("*")) if path.is_file()):
+    digest = hashlib.blake2b(repr(places).encode(), digest_size=10)
+    for path in sorted(path for one in map(Path, places) for path in (one, *one.rglob("*")) if path.is_file()):
         about = path.stat()
         digest.update(f"{path} {about.st_size}".encode())
         digest.update(path.read_bytes() if about.st_size < 2**26 else str(about.st_mtime_ns).encode())

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import yaml
 
-from common.config import UserError, changes, check, flatten, plain
+from common.config import UserError, changes, check, flatten, plain, read_yaml
 from common.files import JsonLines, remove_folder, remove_parts, restore_folder, written_whole
 from models.checkpoint import check_checkpoint
 from models.splits import Split
@@ -48,8 +48,7 @@ def resumed_state(cfg: Any) -> dict:
             raise UserError(f"resume: {last} is gone, {cfg.output} has results of it; --overwrite begins anew")
         return {}
     try:
-        stored = yaml.load((cfg.output / "config.yaml").read_text(encoding="utf-8"), yaml.CSafeLoader)
-        old = flatten(settings_of(type(cfg)())) | flatten(stored)
+        old = flatten(settings_of(type(cfg)())) | read_yaml("config", cfg.output / "config.yaml")
         state = dict(torch.load(last / "trainer.pt", map_location="cpu", weights_only=True))
         if state["stage"] not in STAGES or not all(state[key] >= 0 for key in ("epoch", "step", "steps", "logged")):
             raise ValueError("no place in a stage")
