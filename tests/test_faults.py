@@ -83,7 +83,7 @@ RESUMED = {
     "weights gone": (lambda f: (f / "last" / PROJECTOR).unlink(), "expected a safetensors file: No such file"),
     "log broken": (lambda f: (f / "metrics.jsonl").write_text('{}\n{"a\n{}\n'), "expected one JSON value"),
     "settings empty": (lambda f: (f / "config.yaml").write_text(""), "resume: .* is damaged"),
-    "settings of aliases": (lambda f: (f / "config.yaml").write_text("seed: &a 0\nlimit: *a"), "aliases .* are not read"),
+    "settings of aliases": (lambda f: (f / "config.yaml").write_text("a: &a 0\nb: *a"), "resume: .* is damaged"),
     "settings broken": (lambda f: (f / "config.yaml").write_bytes(b"\xff: [1"), "resume: .* is damaged"),
     "captioner.json deep": (lambda f: (f / "last/captioner.json").write_text("[" * 200_000), "expected the settings"),
     "captioner.json null": (
